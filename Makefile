@@ -1,0 +1,36 @@
+# make demo    set up, then distil the embedded teacher and report (about a quarter of an hour)
+# make test    set up, then lint, type-check and test
+# make lint    ruff and mypy only
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MINUTES ?= 12
+# torch from its CPU wheel where pip finds one; elsewhere pip's own choice of the same version.
+STAMP := $(VENV)/.installed
+# Large allocations kept by the process: CPU training spends its time in the kernel otherwise.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+export MALLOC_TOP_PAD_ ?= 1073741824
+
+.PHONY: setup demo test lint clean
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/twostep demo --minutes $(MINUTES)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,100 @@
+"""Stage `assemble`: the stock `ZImagePipeline` folders of teacher and base, and their figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from autoencoder import psnr, to_pixels
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from transformers import AutoTokenizer, Qwen3Model
+
+from twostep.emoji.inspector import Inspector, is_right, score
+from twostep.emoji.render import load_sprites, render
+from twostep.emoji.scenes import held_out_scenes
+from twostep.evaluation.compare import EXTRACTOR, Prompts
+from twostep.metrics import frechet_distance
+from twostep.pictures import image_grid
+from twostep.sampler import Sampler
+
+
+def assemble(work: Path, transformer: str, folder: Path) -> None:
+    """Writes a stock folder, weights in bf16, around `work/transformer`."""
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL.from_pretrained(work / "vae").bfloat16(),
+        text_encoder=Qwen3Model.from_pretrained(work / "text_encoder").bfloat16(),
+        tokenizer=AutoTokenizer.from_pretrained(work / "tokenizer"),
+        transformer=ZImageTransformer2DModel.from_pretrained(work / transformer).bfloat16(),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    pipeline.save_pretrained(folder)
+
+
+def measure(art: Path, teacher: Path, base: Path, inspector: Path, images: int = 512) -> dict:
+    """The teacher's quality on held-out prompts; see `docs/results.md`.
+
+    Distances are to rendered scenes of the same prompts. `rendered` is what the inspector gives
+    the rendered scenes themselves, against a second rendering.
+    """
+    judge = Inspector.load(inspector)
+    sampler = Sampler.load(str(teacher))
+    prompts = Prompts.held_out(images, sampler.noise_shape(64, 64))
+    sprites = load_sprites(art)
+
+    def draw(seed: int) -> torch.Tensor:
+        rng = np.random.default_rng((9, seed))
+        return to_pixels(np.stack([render(s, sprites, rng).image for s in prompts.scenes]))
+
+    rendered = draw(0)
+    reference = judge.features(rendered)
+    made = {"rendered": draw(1)}
+    for steps in (8, 4, 2):
+        made[f"teacher_{steps}"] = sampler.generate(prompts.captions, prompts.noise, steps)
+    undistilled = Sampler.load(str(base))
+    guided = undistilled.sample(prompts.captions, prompts.noise, 30, guidance_scale=2.0)
+    made["base_30_guided"] = undistilled.decoder.decode(guided.latents)
+    figures: dict = {"extractor": EXTRACTOR, "images": len(prompts.captions), "models": {}}
+    for name, pictures in made.items():
+        found = judge.detect(pictures)
+        verdicts = [is_right(s, f) for s, f in zip(prompts.scenes, found, strict=True)]
+        languages = {}
+        for language, remainder in (("en", 0), ("zh", 1)):
+            rows = [i for i in range(len(found)) if i % (len(found) // 2) // 4 % 2 == remainder]
+            chosen = [verdicts[i].all for i in rows]
+            languages[language] = sum(chosen) / len(chosen)
+        figures["models"][name] = {
+            "accuracy": score(prompts.scenes, verdicts) | languages,
+            "frechet_to_rendered": frechet_distance(judge.features(pictures), reference),
+        }
+    decoder = sampler.decoder
+    scenes = held_out_scenes(256, seed=3)
+    rng = np.random.default_rng(10)
+    fresh = to_pixels(np.stack([render(s, sprites, rng).image for s in scenes]))
+    figures["vae_psnr"] = psnr(decoder.decode(decoder.encode(fresh)), fresh).mean().item()
+    return figures
+
+
+def sheet(teacher: Path, path: Path, columns: int = 12) -> None:
+    """A picture of the teacher's own samples on held-out prompts: 8 steps above 2, equal noise."""
+    sampler = Sampler.load(str(teacher))
+    prompts = Prompts.held_out(8 * columns, sampler.noise_shape(64, 64))
+    panels = {}
+    for row in range(3):
+        part = slice(row * columns, (row + 1) * columns)
+        for steps in (8, 2):
+            captions, noise = prompts.captions[part], prompts.noise[part]
+            panels[f"{steps} steps {row}"] = sampler.generate(captions, noise, steps)
+    image_grid(panels).save(path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,5 @@
+"""`python -m twostep`, which torchrun needs."""
+
+from twostep.cli import main
+
+main()

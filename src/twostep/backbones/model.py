@@ -1,0 +1,213 @@
+"""Loading a diffusers folder: velocity fields, prompt encoder, decoder and schedule."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from twostep.backbones.zimage import ZImageVelocity
+from twostep.errors import UserError
+
+ZOO = Path(__file__).parent.parent / "zoo"
+_COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+# Pickled weights are never fetched, let alone opened.
+_HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+
+
+class ModelError(UserError, ValueError):
+    """A model folder that cannot be used; the message says what was expected."""
+
+
+def resolve(name: str) -> Path:
+    """The folder that `name` means: `zoo:NAME`, a local diffusers folder, or a hub id.
+
+    Raises:
+        ModelError: if there is no such folder, or parts of it are missing.
+    """
+    if name.startswith("zoo:"):
+        folder = ZOO / name.removeprefix("zoo:")
+        if not folder.is_dir():
+            known = ", ".join(
+                f"zoo:{p.parent.name}" for p in sorted(ZOO.glob("*/model_index.json"))
+            )
+            raise ModelError(f"no model {name!r} in the package; there are: {known}")
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelError(
+                f"{name!r} is no local folder, nor could the hub be asked: {error}"
+            ) from error
+    else:
+        raise ModelError(f"no model folder at {name!r}")
+    missing = [part for part in _COMPONENTS if not (folder / part).exists()]
+    if missing:
+        raise ModelError(f"{folder} is no Z-Image diffusers folder: missing {', '.join(missing)}")
+    return folder
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json` of a diffusers folder."""
+    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return index
+
+
+def read_shift(folder: Path) -> float:
+    """The scheduler's time shift.
+
+    Raises:
+        ModelError: for a scheduler other than flow-match Euler with a static shift.
+    """
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+        raise ModelError(
+            f"{folder}: scheduler is {config.get('_class_name')}, "
+            "expected FlowMatchEulerDiscreteScheduler"
+        )
+    if config.get("use_dynamic_shifting"):
+        raise ModelError(
+            f"{folder}: use_dynamic_shifting is not supported, expected a static shift"
+        )
+    return float(config.get("shift", 1.0))
+
+
+def load_velocity(
+    folder: Path, part: str = "transformer", dtype: torch.dtype = torch.float32
+) -> ZImageVelocity:
+    """The folder's transformer as a velocity field, in evaluation mode, on CPU."""
+    transformer = ZImageTransformer2DModel.from_pretrained(
+        folder, subfolder=part, dtype=dtype, use_safetensors=True
+    )
+    return ZImageVelocity(transformer).eval()
+
+
+class PromptEncoder:
+    """Prompts to embeddings, as `ZImagePipeline.encode_prompt` makes them.
+
+    Padding is trimmed before the encoder runs; the encoder is causal and padding is on the right,
+    so that real tokens are the same. The last `cache_size` prompts are remembered.
+    """
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, cache_size: int = 4096) -> None:
+        self.tokenizer, self.text_encoder, self.cache_size = tokenizer, text_encoder, cache_size
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    @staticmethod
+    def load(folder: Path, dtype: torch.dtype = torch.float32) -> PromptEncoder:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        encoder = AutoModel.from_pretrained(
+            folder / "text_encoder", dtype=dtype, use_safetensors=True
+        )
+        return PromptEncoder(tokenizer, encoder.eval())
+
+    def to(self, device: torch.device | str) -> PromptEncoder:
+        self.text_encoder.to(device)
+        self.forget()
+        return self
+
+    def forget(self) -> None:
+        """Empties the memory of encoded prompts."""
+        self._cache.clear()
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: Sequence[str], batch_size: int = 64, max_length: int = 512
+    ) -> list[Tensor]:
+        """One (tokens, D) tensor per prompt, fp32; `prompts` is not changed."""
+        wanted = [p for p in dict.fromkeys(prompts) if p not in self._cache]
+        fresh: dict[str, Tensor] = {}
+        for start in range(0, len(wanted), batch_size):
+            part = wanted[start : start + batch_size]
+            fresh.update(zip(part, self._encode(part, max_length), strict=True))
+        embeds = [fresh[p] if p in fresh else self._cache[p] for p in prompts]
+        self._cache.update(fresh)
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+        return embeds
+
+    def _encode(self, prompts: list[str], max_length: int) -> list[Tensor]:
+        texts = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            for prompt in prompts
+        ]
+        batch = self.tokenizer(
+            texts, padding=True, max_length=max_length, truncation=True, return_tensors="pt"
+        ).to(self.text_encoder.device)
+        hidden = self.text_encoder(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            output_hidden_states=True,
+        ).hidden_states[-2]
+        lengths = batch.attention_mask.sum(1).tolist()
+        return [h[:n].float() for h, n in zip(hidden, lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Latents to images through the folder's VAE."""
+
+    vae: Any
+
+    @staticmethod
+    def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+        vae = AutoencoderKL.from_pretrained(
+            folder, subfolder="vae", dtype=dtype, use_safetensors=True
+        )
+        return Decoder(vae.eval())
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, along each side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
+        """(B, C, H, W) latents to (B, 3, scale * H, scale * W) images in -1..1, fp32."""
+        config = self.vae.config
+        images = []
+        for part in latents.split(batch_size):
+            part = part.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+            images.append(self.vae.decode(part, return_dict=False)[0].float().clamp(-1, 1))
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
+        """Inverse of `decode`, the posterior's mode; fp32."""
+        config = self.vae.config
+        latents = []
+        for part in images.split(batch_size):
+            code = self.vae.encode(part.to(self.vae.dtype)).latent_dist.mode()
+            latents.append(((code - config.shift_factor) * config.scaling_factor).float())
+        return torch.cat(latents)
+
+
+def latent_shape(channels: int, scale: int, height: int, width: int) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of a `height` x `width` image.
+
+    Raises:
+        ValueError: if a side is not a positive multiple of twice the VAE's scale.
+    """
+    multiple = 2 * scale
+    for name, value in (("height", height), ("width", width)):
+        if value < multiple or value % multiple:
+            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+    return channels, height // scale, width // scale

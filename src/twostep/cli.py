@@ -1,0 +1,121 @@
+"""The `twostep` command. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from twostep.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Distil a few-step text-to-image flow model into two steps, check it, and run it.",
+)
+_out = Console()
+
+RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, e.g. recipes/emoji-demo.yaml")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="key=value, e.g. training.turns=500", show_default=False)
+]
+
+
+@app.command()
+def teach(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="rebuild corrupt, truncated or foreign shards")
+    ] = False,
+) -> None:
+    """Cache the teacher's samples. Goes on where an interrupted build stopped.
+
+    Example: twostep teach recipes/emoji-demo.yaml data.prompt_count=512
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
+    """
+    from twostep.config import Recipe
+    from twostep.teach import teach as run
+
+    run(Recipe.load(recipe, overrides or ()), repair=repair)
+
+
+@app.command()
+def distill(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe")] = False,
+) -> None:
+    """Distil the teacher into two steps. Run it again to resume; builds the cache if need be.
+
+    Example: twostep distill recipes/emoji-demo.yaml training.turns=500
+    """
+    from twostep.config import Recipe
+
+    resolved = Recipe.load(recipe, overrides or ())
+    if dry_run:
+        print(resolved.to_yaml(), end="")
+        return
+    from twostep.teach import teach as cache
+    from twostep.training.loop import Trainer
+
+    cache(resolved)
+    folder = Trainer(resolved).train()
+    _out.print(f"student: {folder}", highlight=False)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
+    model: Annotated[str, typer.Option(help="a folder, zoo:NAME or a hub id")],
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("runs/pictures"),
+    seed: Annotated[int, typer.Option(min=0, help="seed of the first picture of each prompt")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="a teacher's steps (8); a student has 2")
+    ] = None,
+    size: Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")] = "64",
+    count: Annotated[int, typer.Option(min=1, help="pictures per prompt, seeds ascending")] = 1,
+) -> None:
+    """Make pictures with a teacher or a student.
+
+    Example: twostep generate --model zoo:emoji-student "two cats on a red background" --count 4
+    """
+    from twostep.generate import generate as run
+    from twostep.generate import parse_size
+
+    for path in run(prompts, model, out, seed, steps, parse_size(size), count):
+        print(path)
+
+
+@app.command()
+def demo(
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="time for all of it: cache, distilling, evaluation")
+    ] = 12.0,
+    out: Annotated[Path, typer.Option(help="folder for the run and its report")] = Path(
+        "runs/demo"
+    ),
+    images: Annotated[int, typer.Option(min=16, help="held-out images to evaluate on")] = 512,
+) -> None:
+    """Distil the embedded teacher into two steps and report how close the student comes.
+
+    Example: twostep demo --minutes 12
+    """
+    from twostep.demo import run_demo
+
+    report = run_demo(minutes, out, images)
+    _out.print(f"report: {report.with_suffix('.html')}\n        {report}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one clear message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"twostep: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error

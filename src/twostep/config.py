@@ -1,0 +1,275 @@
+"""The recipe: everything a distillation depends on, as frozen pydantic models read from YAML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twostep.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class RecipeError(UserError, ValueError):
+    """A recipe that cannot be used; the message names the key, the value and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Teacher(_Section):
+    """The few-step model whose images the student must match."""
+
+    model: str = Field(description="a diffusers folder, or zoo:NAME for one inside the package")
+    steps: Count = 8
+    guidance_scale: NonNegative = 0.0
+
+
+class Score(_Section):
+    """The flow model that distribution matching trusts at every noise level."""
+
+    model: str | None = Field(
+        None, description="a diffusers folder or zoo:NAME; empty: the teacher"
+    )
+    guidance_scale: NonNegative = 0.0
+
+
+class Data(_Section):
+    """Prompts and cached teacher samples."""
+
+    prompts: str = Field(
+        "emoji", description="a .txt or .jsonl file, or emoji for the embedded world"
+    )
+    prompt_count: Count = Field(1024, description="how many prompts to use; a file may have more")
+    samples_per_prompt: Count = 1
+    height: Count = 64
+    width: Count = 64
+    seed: int = 0
+    cache: Path = Path("runs/cache")
+    shard_size: Count = 256
+    reals: str = Field(
+        "teacher", description="teacher, or a folder of images for the critic's reals"
+    )
+
+
+class Student(_Section):
+    """How the two steps are parameterised and joined."""
+
+    parameters: Literal["decoupled", "shared"] = "decoupled"
+    gradient: Literal["end_to_end", "cut"] = "end_to_end"
+    transition: Literal["euler", "renoise"] = "euler"
+
+
+class StepLosses(_Section):
+    """Weights of the loss on one clean prediction (docs/method.md)."""
+
+    weight: NonNegative = 1.0
+    distribution_matching: NonNegative = 1.0
+    guidance_augmentation: NonNegative = 0.0
+    adversarial: NonNegative = 0.0
+    regression: NonNegative = Field(0.0, description="on cached pairs, kept up after the warm-up")
+
+
+class Losses(_Section):
+    final: StepLosses = StepLosses(adversarial=0.03)
+    step1: StepLosses = StepLosses(weight=0.5)
+    tau_range: tuple[Fraction, Fraction] = Field(
+        (0.02, 0.98), description="noise levels at which clean predictions are judged"
+    )
+    warmup_turns: Annotated[int, Field(ge=0)] = Field(
+        200, description="student turns of regression on cached teacher pairs before the rest"
+    )
+    warmup_step1_target: Literal["final", "trajectory"] = "final"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Losses:
+        if self.tau_range[0] >= self.tau_range[1]:
+            raise ValueError(f"tau_range must ascend, got {self.tau_range}")
+        return self
+
+
+class Fake(_Section):
+    """The flow model that follows the student's own distribution."""
+
+    models: Literal["per_step", "one"] = "per_step"
+    learning_rate: Positive = 2e-4
+
+
+class Critic(_Section):
+    """The discriminator's heads on hidden states of the frozen teacher."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = (2, 4)
+    width: Count = 64
+    learning_rate: Positive = 1e-3
+    r1: NonNegative = Field(0.0, description="weight of the approximate R1 penalty")
+    r1_noise: Positive = 0.05
+    tau_range: tuple[Fraction, Fraction] = (0.02, 0.98)
+
+
+class Training(_Section):
+    """Optimisation, cadence and bookkeeping."""
+
+    turns: Count = Field(1000, description="student turns, the warm-up included")
+    minutes: Positive | None = Field(None, description="stop after this time, whatever the turns")
+    batch_size: Count = 24
+    critic_turns: Count = Field(1, description="fake and critic turns for each student turn")
+    learning_rate: Positive = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.0, 0.99)
+    weight_decay: NonNegative = 0.0
+    max_gradient_norm: Positive = 1.0
+    learning_rate_decay: Fraction = Field(
+        0.3, description="share of the run over which the rates fall linearly to a tenth"
+    )
+    ema_decay: Fraction = 0.98
+    autocast: bool = True
+    compile: bool = False
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: Count = 10
+    sample_every: Count = 200
+    sample_prompts: Count = 8
+    validate_every: Count = 100
+    validation_samples: Count = 128
+    save_every: Count = 200
+    keep_checkpoints: Count = 2
+    max_non_finite: Count = Field(10, description="stop after this many skipped turns in a row")
+    tensorboard: bool = False
+
+
+class Recipe(_Section):
+    """One distillation. `Recipe.load` reads YAML and dotted overrides."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    shift: Positive | None = Field(None, description="time shift; empty: the teacher's scheduler's")
+    step2_sigma: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="noise level of the second step; empty: the two-step schedule's own"
+    )
+    teacher: Teacher
+    score: Score = Score()
+    data: Data = Data()
+    student: Student = Student()
+    losses: Losses = Losses()
+    fake: Fake = Fake()
+    critic: Critic = Critic()
+    training: Training = Training()
+    output: Path = Path("runs")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        augmented = (
+            self.losses.final.guidance_augmentation + self.losses.step1.guidance_augmentation
+        )
+        if augmented and self.score.model is None:
+            raise ValueError(
+                "losses.*.guidance_augmentation needs score.model: guidance makes no sense for a "
+                "guidance-free teacher (Z-Image issue 110)"
+            )
+        if self.losses.warmup_turns > self.training.turns:
+            raise ValueError(
+                f"losses.warmup_turns ({self.losses.warmup_turns}) exceeds "
+                f"training.turns ({self.training.turns})"
+            )
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return self.output / self.name
+
+    @property
+    def uses_critic(self) -> bool:
+        return any(s.adversarial * s.weight > 0 for s in (self.losses.final, self.losses.step1))
+
+    @staticmethod
+    def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Reads a YAML recipe; `overrides` are `key.path=value`, the value parsed as YAML.
+
+        Raises:
+            RecipeError: unreadable file, unknown key, or a value out of range.
+        """
+        if not path.is_file():
+            raise RecipeError(f"no recipe at {path}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path} must hold a mapping, found {type(values).__name__}")
+        for override in overrides:
+            _apply(values, override)
+        return Recipe.parse(values)
+
+    @staticmethod
+    def parse(values: Mapping[str, Any]) -> Recipe:
+        """Validates a nested mapping.
+
+        Raises:
+            RecipeError: with one line per mistake.
+        """
+        try:
+            return Recipe.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("\n".join(_explain(e) for e in error.errors())) from error
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; `Recipe.load` of it gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r}: expected key=value, e.g. training.turns=500")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        section = values.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {override!r}: {parent} is not a section")
+        values = section
+    try:
+        values[leaf] = yaml.load(text, Loader=_OverrideLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+class _OverrideLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; people who type it mean a number."""
+
+
+_OverrideLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _keys_of_section(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {error['input']!r}" if key else message
+
+
+def _keys_of_section(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,417 @@
+"""The page that shows a comparison: verdict, pictures, figures, curves of the training."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from torch import Tensor
+
+from twostep.files import write_atomically
+from twostep.pictures import to_pil
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+# Twice the shown size: sharp on dense screens, and a page of large pictures stays light.
+_LONGEST_SIDE = 256
+_NONE = "–"
+
+_MODEL_NAMES = {
+    "teacher": "Teacher",
+    "naive": "Same weights",
+    "student": "Student",
+    "shipped": "Shipped student",
+}
+_ACCURACY_NAMES = {
+    "single": "one object",
+    "two": "two objects",
+    "counting": "counting",
+    "position": "position",
+    "background": "background",
+}
+_ORIGIN = {
+    "date": "Date",
+    "machine": "Machine",
+    "commit": "Commit",
+    "command": "Command",
+    "minutes": "Minutes, in all",
+    "turns": "Training turns",
+    "best_turn": "Best turn",
+    "steps": "Steps",
+}
+
+_MAX_CHARTS = 6
+# Title and the records' keys, most telling first; the first six that have data are drawn.
+_CHARTS: tuple[tuple[str, dict[str, str]], ...] = (
+    (
+        "Kernel distance to the teacher",
+        {"validation/kernel_distance": "2 steps", "validation/step1_distance": "step-1 preview"},
+    ),
+    ("Diversity, teacher = 1", {"validation/diversity": "2 steps"}),
+    (
+        "Distribution matching",
+        {"final/distribution_matching": "final", "step1/distribution_matching": "step 1"},
+    ),
+    ("Critic accuracy", {"critic/accuracy": "final", "critic/accuracy_step1": "step 1"}),
+    (
+        "Gradient norm",
+        {"gradient_norm/first": "first step", "gradient_norm/second": "second step"},
+    ),
+    ("Student’s loss", {"loss": "all terms"}),
+    ("Fakes’ loss", {"fake/step1": "step 1", "fake/step2": "final"}),
+    ("Spread of the latents", {"latents/std": "final"}),
+)
+_WIDTH, _HEIGHT = 320.0, 170.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 10.0, 10.0, 24.0
+_MAX_POINTS = 120
+# Values that span more than this are drawn on a logarithmic axis.
+_LOG_SPAN = 50.0
+
+
+@dataclass(frozen=True)
+class _Tick:
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Points as in SVG's `points`, "x,y x,y"."""
+
+    name: str
+    points: str
+
+
+@dataclass(frozen=True)
+class _Chart:
+    title: str
+    lines: list[_Line]
+    x_ticks: list[_Tick]
+    y_ticks: list[_Tick]
+    logarithmic: bool
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A figure of every model; `part` of the figure above it."""
+
+    name: str
+    cells: list[str]
+    note: str = ""
+    part: bool = False
+
+
+@dataclass(frozen=True)
+class _Column:
+    key: str
+    name: str
+    steps: str
+
+
+def write_report(
+    folder: Path,
+    report: dict[str, Any],
+    panels: dict[str, Tensor],
+    captions: list[str],
+    curves: list[dict[str, Any]],
+    title: str,
+) -> Path:
+    """Writes `folder/report.html`: one file that needs no network and no script.
+
+    Args:
+        folder: made when missing.
+        report: figures in the shape of `Comparison.figures`, with where they come from (`command`,
+            `commit`, `machine`, `date`, `minutes`, `turns`, `recipe`); what is absent is not shown.
+        panels: a row of pictures per model, (K, 3, H, W) in -1..1; column k shows prompt k at
+            equal noise.
+        captions: K prompts.
+        curves: records of the training, each with `turn`; other keys may be absent.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: a panel does not hold one picture per caption.
+    """
+    for label, images in panels.items():
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(captions):
+            raise ValueError(
+                f"panel {label!r} must have shape ({len(captions)}, 3, H, W), a picture per "
+                f"caption; got {tuple(images.shape)}"
+            )
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    columns = _columns(report)
+    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        verdict=_verdict(report),
+        panels={label: [_data_uri(i) for i in images] for label, images in panels.items()},
+        captions=[(caption, _language(caption)) for caption in captions],
+        columns=columns,
+        rows=_rows(report, columns),
+        charts=_charts(curves),
+        plot={"left": _LEFT, "right": _WIDTH - _RIGHT, "width": _WIDTH, "height": _HEIGHT},
+        measured=_measured(report),
+        origin=[(name, report[key]) for key, name in _ORIGIN.items() if key in report],
+        recipe=json.dumps(report.get("recipe"), indent=2, ensure_ascii=False)
+        if report.get("recipe")
+        else "",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return path
+
+
+def _data_uri(image: Tensor) -> str:
+    picture, buffer = to_pil(image), io.BytesIO()
+    picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    picture.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _language(caption: str) -> str:
+    return "zh" if any("\u4e00" <= character <= "\u9fff" for character in caption) else "en"
+
+
+# Words and figures.
+
+
+def _columns(report: dict[str, Any]) -> list[_Column]:
+    columns = []
+    for key in report["models"]:
+        name, _, steps = key.rpartition("_")
+        columns.append(_Column(key, _MODEL_NAMES.get(name, name), f"{steps} steps"))
+    return columns
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    """What the figures come to, in a sentence per student."""
+    models, closed = report["models"], report.get("gap_closed", {})
+    students = [key for key in models if not key.startswith(("teacher_", "naive_"))]
+    if not students:
+        return "No student was compared with the teacher."
+    teacher_key = next((key for key in models if key.startswith("teacher_")), "teacher_8")
+    teacher, teacher_steps = models.get(teacher_key, {}), teacher_key.rpartition("_")[2]
+    first, *others = students
+    sentences = []
+    ratio = _ratio(models[first], teacher, "seconds_per_image")
+    accuracy, of_teacher = _overall(models[first]), _overall(teacher)
+    sentence = _who(first) + _closes(
+        closed.get(first),
+        f" of the gap between the teacher’s weights at 2 steps and at {teacher_steps}",
+    )
+    if ratio is not None:
+        sentence += f", at {ratio:.2f} of the teacher’s time per image"
+    if accuracy is not None and of_teacher is not None:
+        sentence += f"; overall accuracy {accuracy:.2f} against the teacher’s {of_teacher:.2f}"
+    sentences.append(f"{sentence}.")
+    for key in others:
+        sentence, accuracy = _who(key) + _closes(closed.get(key), " of it"), _overall(models[key])
+        if accuracy is not None:
+            sentence += f"; overall accuracy {accuracy:.2f}"
+        sentences.append(f"{sentence}.")
+    return " ".join(sentences)
+
+
+def _who(key: str) -> str:
+    return f"The {_MODEL_NAMES.get(name := key.rpartition('_')[0], name).lower()}"
+
+
+def _closes(share: float | None, gap: str) -> str:
+    if share is None or not math.isfinite(share):
+        return " was compared with the teacher"
+    if share < 0:
+        return (
+            " is further from the teacher than the teacher’s own weights at 2 steps"
+            f" (gap closed: {_percent(share)})"
+        )
+    return f" closes {_percent(share)}{gap}"
+
+
+def _rows(report: dict[str, Any], columns: Sequence[_Column]) -> list[_Row]:
+    """The table's rows; a row in which no model has a figure is left out."""
+    models = [report["models"][column.key] for column in columns]
+    closed = report.get("gap_closed", {})
+    teacher: dict[str, Any] = next(
+        (m for c, m in zip(columns, models, strict=True) if c.name == "Teacher"), {}
+    )
+    accuracies = [m.get("accuracy", {}) for m in models]
+    previews = [m.get("preview", {}) for m in models]
+    categories = dict.fromkeys(k for a in accuracies for k in a if k != "overall")
+    rows = [
+        _Row(
+            "Fréchet distance",
+            [_number(m.get("frechet_to_teacher")) for m in models],
+            "to the teacher; lower is closer",
+        ),
+        _Row("Gap closed", [_percent(closed.get(c.key)) for c in columns]),
+        _Row(
+            "Accuracy",
+            [_fraction(_overall(m)) for m in models],
+            "all that the prompt asks for is right",
+        ),
+        *(
+            _Row(_ACCURACY_NAMES.get(k, k), [_fraction(a.get(k)) for a in accuracies], part=True)
+            for k in categories
+        ),
+        _Row("Diversity", [_fraction(m.get("diversity")) for m in models], "the teacher’s is 1"),
+        _Row("Time per image", [_seconds(m.get("seconds_per_image")) for m in models]),
+        _Row(
+            "of the teacher’s",
+            [_fraction(_ratio(m, teacher, "seconds_per_image")) for m in models],
+            part=True,
+        ),
+        _Row(
+            "Step-1 preview, Fréchet distance",
+            [_number(p.get("frechet_to_teacher")) for p in previews],
+        ),
+        _Row("Step-1 preview, accuracy", [_fraction(_overall(p)) for p in previews]),
+    ]
+    return [row for row in rows if any(cell != _NONE for cell in row.cells)]
+
+
+def _measured(report: dict[str, Any]) -> list[str]:
+    images, prompts, floor = (report.get(key) for key in ("images", "prompts", "floor"))
+    extractor = report.get("extractor", "the inspector")
+    lines = []
+    if images and prompts:
+        lines.append(
+            f"{images} images per model, of {prompts} held-out prompts; "
+            "every model starts from the same noise."
+        )
+    lines.append(
+        f"Distances are squared Fréchet distances between features ({extractor}) of a model’s "
+        "images and of a second set of the teacher’s, made from other noise. The teacher’s own "
+        f"distance to that set is the floor{f', {_number(floor)}' if floor is not None else ''}. "
+        "Gap closed = 1 − (student − floor) / (same weights at 2 steps − floor)."
+    )
+    accuracy = (
+        "Accuracy is the share of images in which a detector finds the objects, their number, "
+        "their places and the background that the prompt asks for."
+    )
+    if images:
+        accuracy += (
+            f" With {images} images, chance alone moves an accuracy by up to ±"
+            f"{1 / math.sqrt(images):.2g} (two standard errors)."
+        )
+    lines.append(accuracy)
+    lines.append(
+        "Diversity is the mean distance, in the same features, between images of one prompt from "
+        "different noise, relative to the teacher’s. Time is from prompt to pixels, warm."
+    )
+    return lines
+
+
+def _overall(model: dict[str, Any]) -> float | None:
+    return model.get("accuracy", {}).get("overall")
+
+
+def _ratio(model: dict[str, Any], teacher: dict[str, Any], key: str) -> float | None:
+    return model[key] / teacher[key] if model.get(key) and teacher.get(key) else None
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None or not math.isfinite(value):
+        return _NONE
+    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return text.replace("-", "−")
+
+
+def _fraction(value: float | None) -> str:
+    return _NONE if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return _NONE
+    return f"{100 * value:.0f}%".replace("-", "−")
+
+
+def _seconds(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return _NONE
+    return f"{value:.2f} s" if value >= 1 else f"{_number(1000 * value)} ms"
+
+
+# Curves.
+
+
+def _charts(records: Sequence[dict[str, Any]]) -> list[_Chart]:
+    turns = [float(record["turn"]) for record in records]
+    charts = []
+    for title, keys in _CHARTS:
+        series = {name: _series(records, key) for key, name in keys.items()}
+        series = {name: points for name, points in series.items() if len(points) > 1}
+        if series:
+            charts.append(_chart(title, series, (min(turns), max(turns))))
+    return charts[:_MAX_CHARTS]
+
+
+def _series(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(turn, value); neighbours averaged until at most _MAX_POINTS are left."""
+    points = [
+        (float(r["turn"]), float(r[key])) for r in records if key in r and math.isfinite(r[key])
+    ]
+    stride = math.ceil(len(points) / _MAX_POINTS) or 1
+    parts = [points[i : i + stride] for i in range(0, len(points), stride)]
+    return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in parts]
+
+
+def _chart(
+    title: str, series: dict[str, list[tuple[float, float]]], turns: tuple[float, float]
+) -> _Chart:
+    """A chart whose horizontal axis spans `turns`, the first and the last of the run."""
+    values = [y for points in series.values() for _, y in points]
+    logarithmic = min(values) > 0 and max(values) > _LOG_SPAN * min(values)
+    ticks = _decades(min(values), max(values)) if logarithmic else _round_ticks(values)
+    scale = math.log10 if logarithmic else float
+    low, high = scale(ticks[0]), scale(ticks[-1])
+    first, last = turns
+
+    def place_x(turn: float) -> float:
+        share = (turn - first) / (last - first) if last > first else 0.5
+        return round(_LEFT + share * (_WIDTH - _LEFT - _RIGHT), 1)
+
+    def place_y(value: float) -> float:
+        share = (scale(value) - low) / (high - low)
+        return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+    lines = [
+        _Line(name, " ".join(f"{place_x(x)},{place_y(y)}" for x, y in points))
+        for name, points in series.items()
+    ]
+    return _Chart(
+        title,
+        lines,
+        [_Tick(place_x(x), f"{x:,.0f}") for x in dict.fromkeys((first, last))],
+        [_Tick(place_y(y), f"{y:g}".replace("-", "−")) for y in ticks],
+        logarithmic,
+    )
+
+
+def _round_ticks(values: Sequence[float]) -> list[float]:
+    """Three to five round numbers that enclose `values`."""
+    low, high = min(values), max(values)
+    if high - low < 1e-9 * max(abs(low), abs(high), 1e-300):
+        low, high = low - (abs(low) or 1.0) / 10, high + (abs(high) or 1.0) / 10
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 3)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten that enclose `low` and `high`, four steps at most."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = math.ceil((last - first) / 4) or 1
+    last = first + stride * math.ceil((last - first) / stride)
+    return [10.0**i for i in range(first, last + 1, stride)]

@@ -1,0 +1,199 @@
+"""`TwoStepPipeline`: a diffusers pipeline with one transformer for each of its two steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from twostep.backbones.model import PromptEncoder, read_index
+from twostep.backbones.zimage import PromptBatch, ZImageVelocity
+from twostep.rollout import TwoStep, two_step
+from twostep.sampler import bind, transition_noise
+
+StepCallback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class TwoStepOutput(BaseOutput):
+    """`images`, and `previews` (after step 1) if they were asked for; PIL or as `output_type`."""
+
+    images: Any
+    previews: Any = None
+
+
+class TwoStepPipeline(ZImagePipeline):
+    """Text to image in two steps.
+
+    The schedule comes from the folder, never from a scheduler's defaults. `transformer` runs at
+    sigma 1, `transformer_2` at `step2_sigma`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->transformer_2->vae"
+
+    def __init__(
+        self,
+        scheduler: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        transformer: Any,
+        transformer_2: Any,
+        step2_sigma: float = 0.75,
+        transition: str = "euler",
+    ) -> None:
+        super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
+        self.register_modules(transformer_2=transformer_2)
+        self.register_to_config(step2_sigma=step2_sigma, transition=transition)
+        self.encoder = PromptEncoder(tokenizer, text_encoder, cache_size=256)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: list[Tensor] | None = None,
+        output_type: str = "pil",
+        return_preview: bool = False,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> TwoStepOutput:
+        """Generates images.
+
+        Args:
+            prompt: one or more prompts; or give `prompt_embeds`, one (tokens, D) tensor each.
+            height, width: pixels, multiples of twice the VAE's scale.
+            latents: initial noise (images, C, H, W); drawn from `generator` if None.
+            output_type: "pil", "np", "pt" or "latent".
+            return_preview: also return the image that step 1 points to.
+            callback_on_step_end: called as in diffusers, with `latents` after each step.
+
+        Raises:
+            ValueError: naming the argument, before any network runs.
+        """
+        embeds = self._embeds(prompt, prompt_embeds)
+        if num_images_per_prompt < 1:
+            raise ValueError(
+                f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
+            )
+        multiple = 2 * self.vae_scale_factor
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+        device = self._execution_device
+        embeds = [e for e in embeds for _ in range(num_images_per_prompt)]
+        scale = self.vae_scale_factor
+        shape = (len(embeds), self.transformer.in_channels, height // scale, width // scale)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        elif not bool(torch.isfinite(latents).all()):
+            raise ValueError("latents must be finite, got NaN or infinity")
+        noise = latents.to(device, torch.float32)
+
+        prompts = PromptBatch.collate(embeds, device)
+        schedule = TwoStep(self.config.step2_sigma, self.config.transition)
+        fresh = transition_noise(noise) if schedule.transition == "renoise" else None
+
+        def first(x: Tensor, sigma: Tensor) -> Tensor:
+            return bind(ZImageVelocity(self.transformer), prompts)(x, sigma)
+
+        def second(x: Tensor, sigma: Tensor) -> Tensor:
+            if callback_on_step_end is not None:
+                x = callback_on_step_end(self, 0, 1.0, {"latents": x}).get("latents", x)
+            return bind(ZImageVelocity(self.transformer_2), prompts)(x, sigma)
+
+        rollout = two_step(first, second, noise, schedule, transition_noise=fresh)
+        result = rollout.clean2
+        if callback_on_step_end is not None:
+            outputs = callback_on_step_end(self, 1, schedule.step2_sigma, {"latents": result})
+            result = outputs.get("latents", result)
+        images = self._finish(result, output_type)
+        previews = self._finish(rollout.clean1, output_type) if return_preview else None
+        self.maybe_free_model_hooks()
+        return TwoStepOutput(images=images, previews=previews)
+
+    def _embeds(
+        self, prompt: str | list[str] | None, prompt_embeds: list[Tensor] | None
+    ) -> list[Tensor]:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give exactly one of prompt and prompt_embeds")
+        if prompt_embeds is not None:
+            width = self.text_encoder.config.hidden_size
+            for e in prompt_embeds:
+                if e.ndim != 2 or e.shape[1] != width or not len(e):
+                    raise ValueError(
+                        f"prompt_embeds must each be (tokens, {width}), got {tuple(e.shape)}"
+                    )
+            return prompt_embeds
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise ValueError(f"prompt must be one or more non-empty strings, got {prompt!r}")
+        return self.encoder.encode(prompts)
+
+    def _finish(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        image = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(image, output_type=output_type)
+
+
+def save_student(
+    teacher: Path,
+    first: Any,
+    second: Any,
+    schedule: TwoStep,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes a student as a diffusers folder: the teacher's parts and two transformers.
+
+    Args:
+        teacher: the teacher's folder; everything but its transformer is copied.
+        first, second: `ZImageTransformer2DModel`s; not changed.
+        folder: replaced if it exists, at the very end.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
+        shutil.copytree(teacher / part, temporary / part)
+    for name, transformer in (("transformer", first), ("transformer_2", second)):
+        _save_transformer(transformer, temporary / name, dtype)
+    index = read_index(teacher)
+    index["_class_name"] = "TwoStepPipeline"
+    index["transformer_2"] = index["transformer"]
+    index["step2_sigma"] = schedule.step2_sigma
+    index["transition"] = schedule.transition
+    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    replaced = folder.with_name(folder.name + ".old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(temporary, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _save_transformer(transformer: Any, folder: Path, dtype: torch.dtype) -> None:
+    # A copy on the meta device carries the config; the weights are cast on the way out.
+    weights = {k: v.detach().to("cpu", dtype) for k, v in transformer.state_dict().items()}
+    with torch.device("meta"):
+        shell = type(transformer).from_config(transformer.config)
+    shell.load_state_dict(weights, assign=True)
+    shell.save_pretrained(folder)

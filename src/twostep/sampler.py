@@ -1,0 +1,176 @@
+"""Generates from any folder: a teacher at N Euler steps, or a two-step student. The fast path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twostep.backbones.model import (
+    Decoder,
+    ModelError,
+    PromptEncoder,
+    latent_shape,
+    load_velocity,
+    read_index,
+    read_shift,
+    resolve,
+)
+from twostep.backbones.zimage import PromptBatch, ZImageVelocity
+from twostep.flow import sigma_schedule
+from twostep.rollout import TwoStep, VelocityField, euler, guided, two_step
+
+
+def bind(field: ZImageVelocity, prompts: PromptBatch) -> VelocityField:
+    """`field` with its prompts fixed."""
+    return lambda latents, sigma: field(latents, sigma, prompts).velocity
+
+
+def read_two_step(folder: Path) -> TwoStep | None:
+    """A student folder's schedule, from its own `model_index.json`; None for a teacher.
+
+    Raises:
+        ModelError: if the folder has a second transformer but no schedule for it.
+    """
+    index = read_index(folder)
+    if "transformer_2" not in index:
+        return None
+    if "step2_sigma" not in index:
+        raise ModelError(f"{folder}/model_index.json has transformer_2 but no step2_sigma")
+    return TwoStep(float(index["step2_sigma"]), index.get("transition", "euler"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generated latents (B, C, H, W), and for a student what step 1 already pointed to."""
+
+    latents: Tensor
+    preview: Tensor | None
+
+
+class Sampler:
+    """A loaded model folder.
+
+    Args:
+        field: the transformer, or the student's first.
+        second: the student's second transformer; None for a model with any number of steps.
+        schedule: the student's schedule; None exactly when `second` is.
+        shift: time shift of the teacher's schedule.
+    """
+
+    def __init__(
+        self,
+        field: ZImageVelocity,
+        second: ZImageVelocity | None,
+        schedule: TwoStep | None,
+        shift: float,
+        encoder: PromptEncoder,
+        decoder: Decoder,
+    ) -> None:
+        self.field, self.second, self.schedule, self.shift = field, second, schedule, shift
+        self.encoder, self.decoder = encoder, decoder
+
+    @staticmethod
+    def load(
+        model: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Sampler:
+        """From a folder, `zoo:NAME` or a hub id.
+
+        Raises:
+            ModelError: if the folder is missing or is not a model of this family.
+        """
+        folder = resolve(model)
+        schedule = read_two_step(folder)
+        second = load_velocity(folder, "transformer_2", dtype).to(device) if schedule else None
+        sampler = Sampler(
+            load_velocity(folder, dtype=dtype).to(device),
+            second,
+            schedule,
+            read_shift(folder),
+            PromptEncoder.load(folder, dtype).to(device),
+            Decoder.load(folder, dtype),
+        )
+        sampler.decoder.vae.to(device)
+        return sampler
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.field.parameters()).device
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the noise for a `height` x `width` image; ValueError for a bad size."""
+        return latent_shape(self.field.channels, self.decoder.scale, height, width)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        steps: int | None = None,
+        guidance_scale: float = 0.0,
+        batch_size: int = 64,
+    ) -> Sample:
+        """Latents for `prompts` from `noise` (len(prompts), C, H, W).
+
+        Args:
+            steps: for a teacher, Euler steps (8 if None); a student takes only 2.
+            guidance_scale: for a teacher; 0 is none.
+
+        Raises:
+            ValueError: mismatched counts, or steps and guidance that the model does not take.
+        """
+        if len(prompts) != len(noise):
+            raise ValueError(f"{len(prompts)} prompts but noise for {len(noise)} images")
+        if self.schedule is not None and (steps not in (None, 2) or guidance_scale):
+            raise ValueError(
+                f"a two-step student takes steps=2 and guidance_scale=0, "
+                f"got steps={steps}, guidance_scale={guidance_scale}"
+            )
+        latents, previews = [], []
+        for start in range(0, len(prompts), batch_size):
+            texts = list(prompts[start : start + batch_size])
+            batch = PromptBatch.collate(self.encoder.encode(texts), self.device)
+            part = noise[start : start + batch_size].to(self.device)
+            if self.schedule is None:
+                latents.append(self._euler(part, batch, steps or 8, guidance_scale))
+            else:
+                assert self.second is not None
+                fresh = None
+                if self.schedule.transition == "renoise":
+                    fresh = transition_noise(part)
+                first, second = bind(self.field, batch), bind(self.second, batch)
+                rollout = two_step(first, second, part, self.schedule, transition_noise=fresh)
+                latents.append(rollout.clean2)
+                previews.append(rollout.clean1)
+        return Sample(torch.cat(latents), torch.cat(previews) if previews else None)
+
+    def _euler(
+        self, noise: Tensor, prompts: PromptBatch, steps: int, guidance_scale: float
+    ) -> Tensor:
+        unconditional = None
+        if guidance_scale:
+            empty = PromptBatch.collate(self.encoder.encode([""]), self.device)
+            unconditional = bind(self.field, empty.expand(len(noise)))
+        field = guided(bind(self.field, prompts), unconditional, guidance_scale)
+        return euler(field, noise, sigma_schedule(steps, self.shift))
+
+    def generate(self, prompts: Sequence[str], noise: Tensor, steps: int | None = None) -> Tensor:
+        """Images (B, 3, H, W) in -1..1."""
+        return self.decoder.decode(self.sample(prompts, noise, steps).latents)
+
+
+def transition_noise(noise: Tensor) -> Tensor:
+    """Fresh noise for the `renoise` transition, a function of each image's own initial noise.
+
+    So that an image depends on its seed alone, whatever batch it is in.
+    """
+    fresh = []
+    for image in noise:
+        bits = image.detach().cpu().float().contiguous().view(torch.int32)
+        seed = int(bits.to(torch.int64).sum().abs().item())
+        generator = torch.Generator().manual_seed(seed)
+        fresh.append(torch.randn(image.shape, generator=generator))
+    return torch.stack(fresh).to(noise.device)

@@ -1,0 +1,74 @@
+"""Builds the teacher cache of a recipe: alone, or shared among torchrun's processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from twostep.config import Recipe
+from twostep.devices import pick_device
+from twostep.sampler import Sampler
+from twostep.teacher_cache import CacheError, Plan, TeacherCache, build, check_shard, finish
+
+_WAIT_SECONDS = 24 * 3600
+
+
+def teach(recipe: Recipe, repair: bool = False) -> TeacherCache:
+    """The recipe's cache, built as far as it is not there yet.
+
+    Under torchrun each process builds its own shards; the first then waits for the rest and
+    writes the manifest. They meet through the shards on disk, so no process group is needed.
+
+    Raises:
+        CacheError: for a bad shard without `repair`.
+    """
+    plan = Plan.of(recipe)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not repair and world == 1 and (plan.folder / "manifest.json").exists():
+        return TeacherCache(plan)
+    device = os.environ.get("LOCAL_RANK", "0")
+    chosen = pick_device(recipe.training.device)
+    sampler = Sampler.load(str(plan.teacher), f"cuda:{device}" if chosen.type == "cuda" else chosen)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("teach"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )  # fmt: skip
+    started, done = time.monotonic(), 0
+    mine = sum(
+        len(plan.shard_prompts(s)) * plan.samples_per_prompt
+        for s in range(rank, plan.shard_count, world)
+    )
+    with Progress(*columns, console=console, disable=rank > 0) as bars:
+        bar = bars.add_task("", total=mine, rate="")
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            rate = done / (time.monotonic() - started)
+            bars.update(bar, advance=count, rate=f"{rate:.1f} samples/s")
+
+        build(plan, sampler, rank, world, repair, advance)
+    if rank == 0:
+        _wait_for_others(plan)
+        finish(plan, sampler)
+    else:
+        _wait_for(lambda: (plan.folder / "manifest.json").exists(), "the first process")
+    return TeacherCache(plan)
+
+
+def _wait_for_others(plan: Plan) -> None:
+    shards = range(plan.shard_count)
+    _wait_for(lambda: all(check_shard(plan, s) is None for s in shards), "the other processes")
+
+
+def _wait_for(ready: Callable[[], bool], whom: str) -> None:
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not ready():
+        if time.monotonic() > deadline:
+            raise CacheError(f"gave up waiting for {whom}")
+        time.sleep(1)

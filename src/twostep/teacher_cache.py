@@ -1,0 +1,402 @@
+"""The teacher's samples on disk: built once, resumable, verified, read at random.
+
+A cache is a folder:
+    manifest.json              what the samples depend on (`fingerprint`) and the list of shards
+    empty.safetensors          embedding of the empty prompt, for guidance
+    shard-00000.safetensors    latents, seeds and prompt embeddings of some samples
+    shard-00000.json           its checksum, sample ids and prompts; written after the shard
+
+Samples of one prompt lie side by side, so that its embedding is stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twostep.backbones.model import read_shift, resolve
+from twostep.backbones.zimage import PromptBatch
+from twostep.config import Recipe
+from twostep.errors import UserError
+from twostep.files import write_atomically
+from twostep.flow import sigma_schedule
+from twostep.prompts import load_prompts
+from twostep.rollout import euler, guided, seeded_noise
+from twostep.sampler import Sampler, bind
+
+VERSION = 1
+_BATCH = 64
+
+
+class CacheError(UserError, RuntimeError):
+    """A cache that cannot be used; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a cache must hold: derived from the recipe alone, before any network is loaded."""
+
+    folder: Path
+    teacher: Path
+    shift: float
+    steps: int
+    guidance_scale: float
+    step2_sigma: float
+    prompts: list[str]
+    samples_per_prompt: int
+    height: int
+    width: int
+    seed: int
+    prompts_per_shard: int
+
+    @staticmethod
+    def of(recipe: Recipe) -> Plan:
+        """Raises ModelError, PromptError or RecipeError for what the recipe names wrongly."""
+        folder = resolve(recipe.teacher.model)
+        shift = recipe.shift or read_shift(folder)
+        data = recipe.data
+        return Plan(
+            folder=data.cache,
+            teacher=folder,
+            shift=shift,
+            steps=recipe.teacher.steps,
+            guidance_scale=recipe.teacher.guidance_scale,
+            step2_sigma=recipe.step2_sigma or sigma_schedule(2, shift)[1],
+            prompts=load_prompts(data.prompts, data.prompt_count, data.seed),
+            samples_per_prompt=data.samples_per_prompt,
+            height=data.height,
+            width=data.width,
+            seed=data.seed,
+            prompts_per_shard=max(1, data.shard_size // data.samples_per_prompt),
+        )
+
+    @property
+    def sigmas(self) -> list[float]:
+        return sigma_schedule(self.steps, self.shift)
+
+    @property
+    def shard_count(self) -> int:
+        return -(-len(self.prompts) // self.prompts_per_shard)
+
+    @property
+    def sample_count(self) -> int:
+        return len(self.prompts) * self.samples_per_prompt
+
+    def shard_prompts(self, shard: int) -> list[str]:
+        start = shard * self.prompts_per_shard
+        return self.prompts[start : start + self.prompts_per_shard]
+
+    def noise_seed(self, sample: int) -> int:
+        """Seed of a sample's initial noise."""
+        state = np.random.SeedSequence((self.seed, 1, sample)).generate_state(1, np.uint64)
+        return int(state[0] >> np.uint64(1))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the teacher's weights, the schedule, the prompts or the seeds."""
+        digest = hashlib.sha256()
+        settings = [VERSION, self.sigmas, self.guidance_scale, self.step2_sigma, self.prompts]
+        settings += [self.samples_per_prompt, self.height, self.width, self.seed]
+        settings += [self.prompts_per_shard]
+        digest.update(json.dumps(settings).encode())
+        for path in sorted(self.teacher.rglob("*")):
+            if path.suffix in (".json", ".safetensors", ".jinja"):
+                digest.update(path.relative_to(self.teacher).as_posix().encode())
+                digest.update(_sketch(path))
+        return digest.hexdigest()
+
+
+def _sketch(path: Path) -> bytes:
+    """Size, first and last MiB: tells weights apart without reading 12 GB of them."""
+    size, edge = path.stat().st_size, 1 << 20
+    with path.open("rb") as file:
+        head = file.read(edge)
+        file.seek(max(0, size - edge))
+        return size.to_bytes(8, "big") + hashlib.sha256(head + file.read(edge)).digest()
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _names(folder: Path, shard: int) -> tuple[Path, Path]:
+    stem = f"shard-{shard:05d}"
+    return folder / f"{stem}.safetensors", folder / f"{stem}.json"
+
+
+def check_shard(plan: Plan, shard: int) -> str | None:
+    """What is wrong with a shard: None if nothing, "missing", or a sentence."""
+    weights, sidecar = _names(plan.folder, shard)
+    if not sidecar.exists():
+        return "missing"
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+        expected = record["sha256"], record["bytes"], record["fingerprint"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return f"{sidecar} is not a shard's record"
+    if not weights.exists():
+        return f"{weights} is gone, though {sidecar.name} is there"
+    if expected[2] != plan.fingerprint:
+        return f"{weights} belongs to another teacher, schedule or prompt set"
+    if weights.stat().st_size != expected[1]:
+        return f"{weights} has {weights.stat().st_size} bytes, expected {expected[1]}: truncated"
+    if _checksum(weights) != expected[0]:
+        return f"{weights} is corrupt: its checksum is not the one in {sidecar.name}"
+    return None
+
+
+def build(
+    plan: Plan,
+    sampler: Sampler,
+    rank: int = 0,
+    world: int = 1,
+    repair: bool = False,
+    on_samples: Callable[[int], None] | None = None,
+) -> None:
+    """Makes the shards that are missing, `rank` of `world` processes taking every `world`-th.
+
+    Args:
+        repair: rebuild shards that are corrupt, truncated or foreign instead of refusing them.
+        on_samples: told how many samples each batch (or found shard) added.
+
+    Raises:
+        CacheError: for a bad shard without `repair`.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(rank, plan.shard_count, world):
+        fault = check_shard(plan, shard)
+        if fault is None:
+            if on_samples:
+                on_samples(len(plan.shard_prompts(shard)) * plan.samples_per_prompt)
+            continue
+        if fault != "missing" and not repair:
+            raise CacheError(f"{fault}. Run again with --repair to rebuild it.")
+        _build_shard(plan, sampler, shard, on_samples)
+
+
+def finish(plan: Plan, sampler: Sampler) -> None:
+    """Writes the manifest, once every shard is there. Called by one process.
+
+    Raises:
+        CacheError: if a shard is missing.
+    """
+    shards = []
+    for shard in range(plan.shard_count):
+        weights, sidecar = _names(plan.folder, shard)
+        if not sidecar.exists():
+            raise CacheError(f"{weights} was not built")
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+        shards.append({k: record[k] for k in ("file", "sha256", "bytes", "first", "count")})
+    empty = {"embeds": sampler.encoder.encode([""])[0].cpu().contiguous()}
+    write_atomically(plan.folder / "empty.safetensors", lambda path: save_file(empty, path))
+    manifest = {
+        "version": VERSION,
+        "fingerprint": plan.fingerprint,
+        "teacher": str(plan.teacher),
+        "sigmas": plan.sigmas,
+        "guidance_scale": plan.guidance_scale,
+        "step2_sigma": plan.step2_sigma,
+        "samples": plan.sample_count,
+        "samples_per_prompt": plan.samples_per_prompt,
+        "height": plan.height,
+        "width": plan.width,
+        "shards": shards,
+    }
+    _write_json(plan.folder / "manifest.json", manifest)
+
+
+def _build_shard(
+    plan: Plan, sampler: Sampler, shard: int, on_samples: Callable[[int], None] | None
+) -> None:
+    prompts = plan.shard_prompts(shard)
+    first = shard * plan.prompts_per_shard * plan.samples_per_prompt
+    count = len(prompts) * plan.samples_per_prompt
+    seeds = [plan.noise_seed(first + i) for i in range(count)]
+    embeds = [e.cpu() for e in sampler.encoder.encode(prompts)]
+    owners = [i // plan.samples_per_prompt for i in range(count)]
+    shape = sampler.noise_shape(plan.height, plan.width)
+    on_grid = _index_on_grid(plan)
+    latents: list[Tensor] = []
+    middles: list[Tensor] = []
+    for start in range(0, count, _BATCH):
+        rows = slice(start, min(start + _BATCH, count))
+        batch = PromptBatch.collate([embeds[i] for i in owners[rows]], sampler.device)
+        middle: list[Tensor] = []
+
+        def keep(index: int, x: Tensor, middle: list[Tensor] = middle) -> None:
+            if index + 1 == on_grid:
+                middle.append(x)
+
+        unconditional = None
+        if plan.guidance_scale:
+            empty = PromptBatch.collate(sampler.encoder.encode([""]), sampler.device)
+            unconditional = bind(sampler.field, empty.expand(len(batch)))
+        field = guided(bind(sampler.field, batch), unconditional, plan.guidance_scale)
+        noise = seeded_noise(seeds[rows], shape).to(sampler.device)
+        with torch.no_grad():
+            latents.append(euler(field, noise, plan.sigmas, keep).cpu())
+        middles.extend(x.cpu() for x in middle)
+        if on_samples:
+            on_samples(len(noise))
+    tensors = {
+        "latents": torch.cat(latents),
+        "seeds": torch.tensor(seeds, dtype=torch.int64),
+        "embeds": torch.cat(embeds).contiguous(),
+        "offsets": torch.tensor([0, *np.cumsum([len(e) for e in embeds]).tolist()]),
+    }
+    if middles:
+        tensors["trajectory"] = torch.cat(middles)
+    weights, sidecar = _names(plan.folder, shard)
+    write_atomically(weights, lambda path: save_file(tensors, path))
+    record = {
+        "file": weights.name,
+        "sha256": _checksum(weights),
+        "bytes": weights.stat().st_size,
+        "fingerprint": plan.fingerprint,
+        "first": first,
+        "count": count,
+        "prompts": prompts,
+    }
+    _write_json(sidecar, record)
+
+
+def _index_on_grid(plan: Plan) -> int | None:
+    """Where the student's second noise level lies on the teacher's grid, if it does."""
+    for index, sigma in enumerate(plan.sigmas):
+        if abs(sigma - plan.step2_sigma) < 1e-6:
+            return index
+    return None
+
+
+@dataclass(frozen=True)
+class CachedSamples:
+    """Some samples of a cache.
+
+    Attributes:
+        ids: sample ids.
+        noise: (B, C, H, W), the teacher's initial noise.
+        latents: (B, C, H, W), the teacher's result.
+        trajectory: (B, C, H, W), the teacher's latents at `step2_sigma`; None if off its grid.
+        embeds: one (tokens, D) embedding per sample.
+        prompts: one prompt per sample.
+    """
+
+    ids: list[int]
+    noise: Tensor
+    latents: Tensor
+    trajectory: Tensor | None
+    embeds: list[Tensor]
+    prompts: list[str]
+
+
+class TeacherCache:
+    """A finished cache, memory-mapped.
+
+    Args:
+        plan: what it must hold.
+
+    Raises:
+        CacheError: if it is unfinished, belongs to another plan, or a shard is bad.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        path = plan.folder / "manifest.json"
+        if not path.is_file():
+            raise CacheError(f"no finished cache at {plan.folder}: run `twostep teach` first")
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            fingerprint = manifest["fingerprint"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise CacheError(f"{path} is not a manifest: run `twostep teach` again") from error
+        if fingerprint != plan.fingerprint:
+            raise CacheError(
+                f"{plan.folder} was made with another teacher, schedule or prompt set: "
+                "run `twostep teach --repair`, or name another data.cache"
+            )
+        for shard in range(plan.shard_count):
+            fault = check_shard(plan, shard)
+            if fault is not None:
+                missing = f"{_names(plan.folder, shard)[0]} is missing"
+                raise CacheError(
+                    f"{missing if fault == 'missing' else fault}. "
+                    "Run `twostep teach --repair` to rebuild it."
+                )
+        self.plan = plan
+        self._files: dict[int, Any] = {}
+        with safe_open(plan.folder / "empty.safetensors", "pt") as file:
+            self.empty_embeds: Tensor = file.get_tensor("embeds")
+
+    def __len__(self) -> int:
+        return self.plan.sample_count
+
+    def batch_ids(self, turn: int, batch_size: int, seed: int) -> list[int]:
+        """Sample ids of a turn: a new order each epoch, a function of (seed, epoch) alone."""
+        ids = []
+        for position in range(turn * batch_size, (turn + 1) * batch_size):
+            epoch, place = divmod(position, len(self))
+            ids.append(int(self._order(seed, epoch)[place]))
+        return ids
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        if getattr(self, "_order_key", None) != (seed, epoch):
+            self._order_key = (seed, epoch)
+            self._permutation = np.random.default_rng((seed, 2, epoch)).permutation(len(self))
+        return self._permutation
+
+    def read(self, ids: Sequence[int]) -> CachedSamples:
+        """The named samples, in the order given.
+
+        Raises:
+            IndexError: for an id that is not in 0 .. len - 1.
+        """
+        latents, middles, embeds, prompts, seeds = [], [], [], [], []
+        for sample in ids:
+            if not 0 <= sample < len(self):
+                raise IndexError(f"sample {sample} is not in 0..{len(self) - 1}")
+            per_shard = self.plan.prompts_per_shard * self.plan.samples_per_prompt
+            shard, row = divmod(sample, per_shard)
+            file = self._open(shard)
+            latents.append(file.get_slice("latents")[row : row + 1])
+            if "trajectory" in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                middles.append(file.get_slice("trajectory")[row : row + 1])
+            seeds.append(int(file.get_slice("seeds")[row : row + 1]))
+            owner = row // self.plan.samples_per_prompt
+            start, end = file.get_slice("offsets")[owner : owner + 2].tolist()
+            embeds.append(file.get_slice("embeds")[start:end])
+            prompts.append(self.plan.shard_prompts(shard)[owner])
+        stacked = torch.cat(latents)
+        c, h, w = stacked.shape[1:]
+        return CachedSamples(
+            ids=list(ids),
+            noise=seeded_noise(seeds, (c, h, w)),
+            latents=stacked,
+            trajectory=torch.cat(middles) if middles else None,
+            embeds=embeds,
+            prompts=prompts,
+        )
+
+    def _open(self, shard: int) -> Any:
+        if shard not in self._files:
+            path = _names(self.plan.folder, shard)[0]
+            try:
+                self._files[shard] = safe_open(path, "pt").__enter__()
+            except (SafetensorError, OSError) as error:
+                raise CacheError(f"{path} cannot be read: {error}") from error
+        return self._files[shard]

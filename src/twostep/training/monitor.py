@@ -1,0 +1,76 @@
+"""Metrics on disk, and alarms for the known ways in which distillation fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Bounds outside which a run is in trouble, and what to try (docs/method.md, failure modes).
+_ALARMS = {
+    "critic/accuracy": (None, 0.95, "the critic wins: lower its rate, or the adversarial weight"),
+    "validation/latents_std": (0.8, 1.25, "latents saturate or fade: lower the learning rate"),
+    "validation/latents_mean": (-0.2, 0.2, "latents drift: lower the learning rate"),
+    "validation/diversity": (0.6, None, "seeds look alike: raise distribution matching"),
+}
+_SMOOTHING = 0.9
+
+
+class Monitor:
+    """Appends records to `metrics.jsonl` (and TensorBoard), and tells when an alarm begins."""
+
+    def __init__(self, folder: Path, tensorboard: bool, resume_at: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        _forget_after(self.path, resume_at)
+        self._smooth: dict[str, float] = {}
+        self._ringing: set[str] = set()
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at)
+
+    def record(self, turn: int, values: dict[str, float]) -> list[str]:
+        """Logs `values` and returns the alarms that begin with them."""
+        begun = []
+        for key, (low, high, advice) in _ALARMS.items():
+            if key not in values:
+                continue
+            value = values[key]
+            if key.startswith("critic/"):  # one batch tells little
+                value = _SMOOTHING * self._smooth.get(key, value) + (1 - _SMOOTHING) * value
+                self._smooth[key] = value
+            outside = (low is not None and value < low) or (high is not None and value > high)
+            if outside and key not in self._ringing:
+                begun.append(f"turn {turn}: {key} is {value:.3f}; {advice}")
+            (self._ringing.add if outside else self._ringing.discard)(key)
+        entry: dict[str, Any] = {"turn": turn, **values}
+        if begun:
+            entry["alarms"] = begun
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, turn)
+        return begun
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run, oldest first."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _forget_after(path: Path, turn: int) -> None:
+    """A run that goes on from `turn` will write later records again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["turn"] <= turn]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,229 @@
+"""The student's turn and the critic's turn: the only place that combines losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twostep import losses
+from twostep.backbones.zimage import PromptBatch
+from twostep.config import Recipe, StepLosses
+from twostep.flow import add_noise, clean_from_velocity, guide, velocity_target
+from twostep.roles import Role, Roles, bind_role
+from twostep.rollout import Rollout, TwoStep, two_step
+from twostep.training.draws import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one turn is given; latents are (B, C, H, W), fp32.
+
+    Attributes:
+        noise: the cached samples' initial noise.
+        latents: the teacher's results from that noise.
+        trajectory: the teacher's latents at the student's second noise level, if cached.
+        reals: the critic's real samples.
+        prompts, empty: the captions, and the empty prompt B times.
+    """
+
+    noise: Tensor
+    latents: Tensor
+    trajectory: Tensor | None
+    reals: Tensor
+    prompts: PromptBatch
+    empty: PromptBatch
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A scalar to minimise, and what to log; `terms` are detached."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+# (clean prediction, batch, draws) -> scalar
+Term = Callable[[Tensor, Batch, Draws], Tensor]
+
+
+class StudentTurn:
+    """Builds the student's loss. Which terms are active is decided here, once."""
+
+    def __init__(self, recipe: Recipe, roles: Roles, schedule: TwoStep, shift: float) -> None:
+        self.recipe, self.roles, self.schedule, self.shift = recipe, roles, schedule, shift
+        self.end_to_end = recipe.student.gradient == "end_to_end"
+        self._terms = {
+            "step1": self._active(recipe.losses.step1, step=0),
+            "final": self._active(recipe.losses.final, step=1),
+        }
+        chosen = (recipe.losses.step1, recipe.losses.final)
+        self._on_cached_noise = any(s.regression * s.weight > 0 for s in chosen)
+
+    def _active(self, weights: StepLosses, step: int) -> list[tuple[str, float, Term]]:
+        sigma_in = 1.0 if step == 0 else self.schedule.step2_sigma
+        candidates: list[tuple[str, float, Term]] = [
+            ("distribution_matching", weights.distribution_matching, self._match(step)),
+            ("guidance_augmentation", weights.guidance_augmentation, self._augment(sigma_in)),
+            ("adversarial", weights.adversarial, self._fool),
+            (
+                "regression",
+                weights.regression,
+                lambda x, batch, _: losses.regression(x, batch.latents),
+            ),
+        ]
+        return [
+            (name, weights.weight * w, term) for name, w, term in candidates if weights.weight * w
+        ]
+
+    def rollout(self, noise: Tensor, prompts: PromptBatch, draws: Draws) -> Rollout:
+        fresh = draws.normal_like(noise) if self.schedule.transition == "renoise" else None
+        return two_step(
+            bind_role(self.roles.first, prompts),
+            bind_role(self.roles.second, prompts),
+            noise,
+            self.schedule,
+            self.end_to_end,
+            fresh,
+        )
+
+    def warmup(self, batch: Batch, draws: Draws) -> Turn:
+        """Regression on cached teacher pairs, both steps."""
+        rollout = self.rollout(batch.noise, batch.prompts, draws)
+        final = losses.regression(rollout.clean2, batch.latents)
+        if self.recipe.losses.warmup_step1_target == "trajectory":
+            assert batch.trajectory is not None  # checked when the loop starts
+            step1 = losses.regression(rollout.latents2, batch.trajectory)
+        else:
+            step1 = losses.regression(rollout.clean1, batch.latents)
+        loss = final + self.recipe.losses.step1.weight * step1
+        terms = {"final/warmup": final.detach(), "step1/warmup": step1.detach()}
+        return Turn(loss, terms)
+
+    def __call__(self, batch: Batch, draws: Draws) -> Turn:
+        noise = batch.noise if self._on_cached_noise else draws.normal_like(batch.noise)
+        rollout = self.rollout(noise, batch.prompts, draws)
+        total = noise.new_zeros(())
+        logged: dict[str, Tensor] = {}
+        for step, clean in (("step1", rollout.clean1), ("final", rollout.clean2)):
+            for name, weight, term in self._terms[step]:
+                value = term(clean, batch, draws)
+                total = total + weight * value
+                logged[f"{step}/{name}"] = value.detach()
+        logged["latents/mean"] = rollout.clean2.detach().mean()
+        logged["latents/std"] = rollout.clean2.detach().std()
+        return Turn(total, logged)
+
+    def _match(self, step: int) -> Term:
+        def term(clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
+            tau = draws.sigma(len(clean), self.shift, self.recipe.losses.tau_range)
+            with torch.no_grad():
+                noisy = add_noise(clean, draws.normal_like(clean), tau)
+                score = self._score_velocity(noisy, tau, batch)
+                fake = self.roles.fake_of(step)(noisy, tau, batch.prompts).velocity
+                score_clean = clean_from_velocity(noisy, score, tau)
+                fake_clean = clean_from_velocity(noisy, fake, tau)
+            return losses.distribution_matching(clean, score_clean, fake_clean)
+
+        return term
+
+    def _score_velocity(self, noisy: Tensor, tau: Tensor, batch: Batch) -> Tensor:
+        conditional = self.roles.score(noisy, tau, batch.prompts).velocity
+        scale = self.recipe.score.guidance_scale
+        if not scale:
+            return conditional
+        return guide(conditional, self.roles.score(noisy, tau, batch.empty).velocity, scale)
+
+    def _augment(self, sigma_in: float) -> Term:
+        """Decoupled DMD's guidance term, at noise levels below the step's own."""
+        low, high = self.recipe.losses.tau_range
+
+        def term(clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
+            tau = draws.sigma(len(clean), self.shift, (low, min(high, sigma_in)))
+            with torch.no_grad():
+                noisy = add_noise(clean, draws.normal_like(clean), tau)
+                with_prompt = self.roles.score(noisy, tau, batch.prompts).velocity
+                without = self.roles.score(noisy, tau, batch.empty).velocity
+                direction = clean_from_velocity(noisy, with_prompt, tau) - clean_from_velocity(
+                    noisy, without, tau
+                )
+            return losses.toward(clean, direction)
+
+        return term
+
+    def _fool(self, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
+        tau = draws.sigma(len(clean), self.shift, self.recipe.critic.tau_range)
+        noisy = add_noise(clean, draws.normal_like(clean), tau)
+        return losses.generator_adversarial(
+            critic_logits(self.recipe, self.roles, noisy, tau, batch.prompts)
+        )
+
+
+class CriticTurn:
+    """Builds the fakes' loss and the critic's loss, on samples without gradient."""
+
+    def __init__(self, recipe: Recipe, roles: Roles, student: StudentTurn) -> None:
+        self.recipe, self.roles, self.student = recipe, roles, student
+        weights = (recipe.losses.step1, recipe.losses.final)
+        self._followed = [i for i, w in enumerate(weights) if w.weight * w.distribution_matching]
+        self._judged = [i for i, w in enumerate(weights) if w.weight * w.adversarial]
+
+    def __call__(self, batch: Batch, draws: Draws) -> Turn:
+        with torch.no_grad():
+            noise = draws.normal_like(batch.noise)
+            rollout = self.student.rollout(noise, batch.prompts, draws)
+        cleans = (rollout.clean1, rollout.clean2)
+        total = batch.noise.new_zeros(())
+        logged: dict[str, Tensor] = {}
+        for step in self._followed:
+            loss = self._follow(self.roles.fake_of(step), cleans[step], batch, draws)
+            total = total + loss
+            logged[f"fake/step{step + 1}"] = loss.detach()
+        for step in self._judged:
+            loss, accuracy = self._judge(cleans[step], batch, draws)
+            total = total + loss
+            suffix = "" if step == 1 else "_step1"
+            logged[f"critic/loss{suffix}"] = loss.detach()
+            logged[f"critic/accuracy{suffix}"] = accuracy
+        return Turn(total, logged)
+
+    def _follow(self, fake: Role, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
+        tau = draws.sigma(len(clean), self.student.shift, self.recipe.losses.tau_range)
+        noise = draws.normal_like(clean)
+        velocity = fake(add_noise(clean, noise, tau), tau, batch.prompts).velocity
+        return losses.flow_matching(velocity, velocity_target(clean, noise))
+
+    def _judge(self, clean: Tensor, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        settings = self.recipe.critic
+        tau = draws.sigma(len(clean), self.student.shift, settings.tau_range)
+        noise = draws.normal_like(clean)
+        # Reals and fakes in one forward, re-noised alike.
+        parts = [add_noise(batch.reals, noise, tau), add_noise(clean, noise, tau)]
+        if settings.r1:
+            moved = batch.reals + settings.r1_noise * draws.normal_like(clean)
+            parts.append(add_noise(moved, noise, tau))
+        copies = len(parts)
+        logits = critic_logits(
+            self.recipe,
+            self.roles,
+            torch.cat(parts),
+            tau.repeat(copies),
+            batch.prompts.repeat(copies),
+        )
+        real, fake, *perturbed = logits.chunk(copies)
+        loss = losses.critic_adversarial(real, fake)
+        if perturbed:
+            loss = loss + settings.r1 * losses.approximate_r1(real, perturbed[0], settings.r1_noise)
+        with torch.no_grad():
+            right = (real.mean(1) > 0).float().mean() + (fake.mean(1) < 0).float().mean()
+        return loss, right / 2
+
+
+def critic_logits(
+    recipe: Recipe, roles: Roles, noisy: Tensor, tau: Tensor, prompts: PromptBatch
+) -> Tensor:
+    """The critic's logits (B, K) for re-noised latents, through the frozen teacher's features."""
+    hidden = roles.teacher(noisy, tau, prompts, recipe.critic.layers).hidden
+    return roles.critic(hidden, noisy.shape[2] // 2, noisy.shape[3] // 2)

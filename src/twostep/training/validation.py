@@ -1,0 +1,131 @@
+"""Watches a student while it trains: against the teacher, at equal noise, in the teacher's eyes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twostep.backbones.zimage import PromptBatch, ZImageVelocity
+from twostep.config import Recipe
+from twostep.flow import add_noise, sigma_schedule
+from twostep.metrics import kernel_distance, pairwise_diversity
+from twostep.roles import Roles, bind_role
+from twostep.rollout import Rollout, TwoStep, euler, guided, seeded_noise, two_step
+from twostep.sampler import transition_noise
+from twostep.teacher_cache import TeacherCache
+
+# Nearly clean: the features must see the picture, yet stay where the teacher was trained.
+_FEATURE_SIGMA = 0.1
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One look at the student; distances and ratios, see `Validator.measure`."""
+
+    rollout: Rollout
+    metrics: dict[str, float]
+
+
+class Validator:
+    """Fixed prompts and noise that training never uses; two seeds a prompt.
+
+    Args:
+        count: images to compare.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        roles: Roles,
+        cache: TeacherCache,
+        schedule: TwoStep,
+        shift: float,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.roles, self.schedule, self.device = recipe, roles, schedule, device
+        count = min(recipe.training.validation_samples, 2 * len(cache)) // 2 * 2
+        ids = cache.batch_ids(0, count // 2, seed=recipe.training.seed + 1)
+        samples = cache.read(ids)
+        self.prompts = samples.prompts * 2
+        self.embeds = samples.embeds * 2
+        self.groups = torch.arange(count // 2).repeat(2)
+        seeds = np.random.SeedSequence((recipe.data.seed, 4)).generate_state(count, np.uint32)
+        shape = (samples.latents.shape[1], samples.latents.shape[2], samples.latents.shape[3])
+        self.noise = seeded_noise([int(s) for s in seeds], shape)
+        self.feature_noise = seeded_noise([int(s) + 1 for s in seeds], shape)
+        self.empty = cache.empty_embeds
+        self.teacher_latents = self._teacher(sigma_schedule(recipe.teacher.steps, shift))
+        self.naive_latents = self._teacher(sigma_schedule(2, shift))
+        self.teacher_features = self._features(self.teacher_latents)
+        self.teacher_diversity = pairwise_diversity(self.teacher_features, self.groups)
+
+    @torch.no_grad()
+    def _teacher(self, sigmas: list[float]) -> Tensor:
+        parts = []
+        for rows in torch.arange(len(self.noise)).split(_BATCH):
+            prompts = self._prompts(rows)
+            scale = self.recipe.teacher.guidance_scale
+            empty = PromptBatch.collate([self.empty], self.device).expand(len(rows))
+            field = guided(
+                bind_role(self.roles.teacher, prompts), bind_role(self.roles.teacher, empty), scale
+            )
+            parts.append(euler(field, self.noise[rows].to(self.device), sigmas).cpu())
+        return torch.cat(parts)
+
+    def _prompts(self, rows: Tensor) -> PromptBatch:
+        return PromptBatch.collate([self.embeds[i] for i in rows.tolist()], self.device)
+
+    @torch.no_grad()
+    def student(self) -> Rollout:
+        """The student's rollout from the validation noise, on CPU."""
+        parts = []
+        for rows in torch.arange(len(self.noise)).split(_BATCH):
+            prompts, noise = self._prompts(rows), self.noise[rows].to(self.device)
+            fresh = transition_noise(noise) if self.schedule.transition == "renoise" else None
+            first, second = (bind_role(r, prompts) for r in (self.roles.first, self.roles.second))
+            parts.append(two_step(first, second, noise, self.schedule, transition_noise=fresh))
+        return Rollout(
+            *(
+                torch.cat([getattr(p, n).cpu() for p in parts])
+                for n in ("clean1", "latents2", "clean2")
+            )
+        )
+
+    @torch.no_grad()
+    def _features(self, latents: Tensor) -> Tensor:
+        """Mean and spread over tokens of the teacher's middle hidden states, fp64 (N, 2 * dim)."""
+        model: ZImageVelocity = self.roles.teacher.model
+        parts = []
+        for rows in torch.arange(len(latents)).split(_BATCH):
+            noisy = add_noise(latents[rows], self.feature_noise[rows], _FEATURE_SIGMA)
+            sigma = torch.full((len(rows),), _FEATURE_SIGMA, device=self.device)
+            taps = (model.depth // 2,)
+            out = self.roles.teacher(noisy.to(self.device), sigma, self._prompts(rows), taps)
+            hidden = out.hidden[0].double()
+            parts.append(torch.cat([hidden.mean(1), hidden.std(1)], dim=1).cpu())
+        return torch.cat(parts)
+
+    def measure(self) -> Validation:
+        """Compares the student as it is now with the teacher.
+
+        `kernel_distance`: to the teacher's images (0 is equal in distribution). `step1_distance`:
+        the same for the step-1 preview. `diversity`: spread over seeds, teacher = 1.
+        `latents_std`: ratio to the teacher's. `latents_mean`: shift in teacher deviations.
+        """
+        rollout = self.student()
+        features = self._features(rollout.clean2)
+        teacher = self.teacher_latents
+        metrics = {
+            "kernel_distance": kernel_distance(features, self.teacher_features),
+            "step1_distance": kernel_distance(
+                self._features(rollout.clean1), self.teacher_features
+            ),
+            "diversity": pairwise_diversity(features, self.groups) / self.teacher_diversity,
+            "latents_std": (rollout.clean2.std() / teacher.std()).item(),
+            "latents_mean": ((rollout.clean2.mean() - teacher.mean()) / teacher.std()).item(),
+        }
+        return Validation(rollout, metrics)

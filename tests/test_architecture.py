@@ -1,0 +1,81 @@
+"""Imports flow one way; what runs a model needs nothing of what trains it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import twostep
+
+PACKAGE = Path(twostep.__file__).parent
+
+# Lowest first: a module may import from its own line and those above it.
+LAYERS = [
+    ["errors", "files", "flow", "metrics", "critic", "pictures"],
+    ["config", "emoji", "losses", "rollout", "provenance"],
+    ["backbones", "devices", "prompts"],
+    ["sampler", "reals"],
+    ["roles", "teacher_cache", "pipeline", "generate"],
+    ["teach"],
+    ["training", "evaluation"],
+    ["demo"],
+    ["cli"],
+    ["__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# Tensors in, a scalar out; the maths knows no model.
+NO_OWN_IMPORTS = {"errors", "flow", "metrics", "critic", "pictures"}
+
+
+def imports() -> list[tuple[str, str, str]]:
+    edges = []
+    for path in PACKAGE.rglob("*.py"):
+        unit = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if unit == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "twostep" and len(parts) > 1 and parts[1] != unit:
+                    edges.append((unit, parts[1], str(path)))
+    return edges
+
+
+def test_every_module_has_its_place() -> None:
+    units = {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in PACKAGE.rglob("*.py")}
+    assert units - {"__init__"} == set(RANK)
+
+
+def test_imports_never_point_upwards() -> None:
+    edges = imports()
+    assert len(edges) > 30
+    assert [e for e in edges if RANK[e[1]] > RANK[e[0]]] == []
+    assert [e for e in edges if e[0] in NO_OWN_IMPORTS] == []
+
+
+def test_pipeline_needs_no_training_and_help_needs_no_torch() -> None:
+    code = "import sys, twostep.pipeline; print(sorted(m for m in sys.modules if m.startswith('twostep.')))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    for unit in ("training", "evaluation", "roles", "demo", "config"):
+        assert f"twostep.{unit}" not in loaded
+    code = "import sys, twostep.cli; print('torch' in sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert loaded.strip() == "False"
+
+
+def test_nothing_is_unpickled() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        for word in ("torch.load", "pickle", "trust_remote_code=True", "0.0.0.0"):
+            assert word not in text, f"{path}: {word}"

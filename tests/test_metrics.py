@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from twostep.metrics import frechet_distance, gap_closed, kernel_distance, pairwise_diversity
+
+
+def exact_gaussian(count: int, mean: Tensor, covariance: Tensor, seed: int = 0) -> Tensor:
+    """(count, D) with exactly this sample mean and covariance; count > D."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
+    white, _ = torch.linalg.qr(draws - draws.mean(0))  # orthonormal columns of mean 0
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return mean + white * math.sqrt(count - 1) @ root
+
+
+def rotation(size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+
+
+def double(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_frechet_of_covariances_that_commute() -> None:
+    basis = rotation(4, seed=3)
+    variances_a, variances_b = double([1, 4, 9, 0.25]), double([4, 4, 1, 1])
+    mean_a, mean_b = double([0, 1, 2, 3]), double([2, 1, 0, 3])
+    a = exact_gaussian(50, mean_a, basis @ variances_a.diag() @ basis.T, seed=1)
+    b = exact_gaussian(70, mean_b, basis @ variances_b.diag() @ basis.T, seed=2)
+    # |mean difference|^2 = 8; differences of standard deviations: 1, 0, 2, 1/2.
+    assert frechet_distance(a, b) == pytest.approx(8 + 1 + 4 + 0.25, rel=1e-10)
+
+
+def test_frechet_of_covariances_that_do_not_commute() -> None:
+    first = double([4, 0, 0, 1]).reshape(2, 2)
+    second = double([2, 1, 1, 2]).reshape(2, 2)
+    a = exact_gaussian(30, torch.zeros(2, dtype=torch.float64), first, seed=1)
+    b = exact_gaussian(30, torch.zeros(2, dtype=torch.float64), second, seed=2)
+    # 2x2: tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)), here of first @ second.
+    trace_of_root = math.sqrt(10 + 2 * math.sqrt(12))
+    assert frechet_distance(a, b) == pytest.approx(5 + 4 - 2 * trace_of_root, rel=1e-10)
+    assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+
+
+def test_frechet_of_fewer_images_than_features() -> None:
+    # One line each, at right angles: neither covariance sees the other's.
+    a, b = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.float64)
+    a[:, 0], b[:, 1] = double([-1, 1]), double([-3, 0, 3])
+    assert frechet_distance(a, b) == pytest.approx(2 + 9, rel=1e-12)
+    b[:, 1], b[:, 0] = 0, double([-3, 0, 3])  # along one line: (3 - sqrt 2)^2
+    assert frechet_distance(a, b) == pytest.approx((3 - math.sqrt(2)) ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("count", "features"), [(200, 8), (20, 96), (2, 3), (5, 1)])
+def test_frechet_of_a_set_with_itself_is_zero(count: int, features: int) -> None:
+    a = 10 * torch.randn(count, features, dtype=torch.float64) + 5
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a.flip(0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_of_constant_features() -> None:
+    a, b = torch.zeros(4, 3), torch.ones(4, 3)
+    assert frechet_distance(a, b) == 3
+
+
+def test_kernel_distance_by_hand() -> None:
+    a, b = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+
+    def kernel(x: Tensor, y: Tensor) -> float:
+        product = sum(float(p * q) for p, q in zip(x, y, strict=True))
+        return (product / 3 + 1) ** 3
+
+    within_a = [kernel(x, y) for x, y in itertools.permutations(a, 2)]
+    within_b = [kernel(x, y) for x, y in itertools.permutations(b, 2)]
+    across = [kernel(x, y) for x, y in itertools.product(a, b)]
+    expected = sum(within_a) / 12 + sum(within_b) / 20 - 2 * sum(across) / 20
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert kernel_distance(b, a) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kernel_distance_of_one_and_of_two_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1500, 8, generator=generator, dtype=torch.float64)
+    same, other = kernel_distance(a, b), kernel_distance(a, b + 0.5)
+    assert abs(same) < 0.01
+    assert other > 0.2
+
+
+def test_kernel_distance_is_unbiased() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(400, 2, 10, 4, generator=generator, dtype=torch.float64)
+    values = double([kernel_distance(a, b) for a, b in draws])
+    assert values.min() < 0
+    assert abs(values.mean()) < 4 * values.std() / math.sqrt(len(values))
+
+
+def test_diversity_by_hand() -> None:
+    features = torch.tensor([[0.0, 0], [10, 10], [3, 4], [0, 0], [6, 8], [100, 100]])
+    groups = torch.tensor([7, 2, 7, 2, 7, 9])
+    # Group 7: 5, 10, 5; group 2: 10 sqrt 2; group 9 has one member and does not count.
+    expected = (20 / 3 + 10 * math.sqrt(2)) / 2
+    assert pairwise_diversity(features, groups) == pytest.approx(expected, rel=1e-12)
+
+
+def test_diversity_of_copies_is_zero() -> None:
+    features = torch.randn(6, 4).repeat(2, 1)
+    assert pairwise_diversity(features, torch.arange(6).repeat(2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("student", "closed"), [(1.0, 1.0), (5.0, 0.0), (2.0, 0.75), (9.0, -1.0), (0.0, 1.25)]
+)
+def test_gap_closed(student: float, closed: float) -> None:
+    assert gap_closed(student, naive=5.0, floor=1.0) == pytest.approx(closed)
+
+
+@pytest.mark.parametrize("naive", [1.0, 0.5, math.nan])
+def test_no_gap_to_close(naive: float) -> None:
+    with pytest.raises(ValueError, match="no gap to close"):
+        gap_closed(0.7, naive=naive, floor=1.0)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.zeros(4), torch.zeros(4, 2), r"a must have shape \(N, D\); got \(4,\)"),
+        (torch.zeros(4, 2), torch.zeros(4, 2, 1), r"b must have shape \(N, D\)"),
+        (torch.zeros(4, 2), torch.zeros(4, 3), "a has 2 features per image and b has 3"),
+        (torch.zeros(1, 2), torch.zeros(4, 2), "a must hold at least two images"),
+        (torch.zeros(4, 2), torch.full((4, 2), math.inf), "b holds values that are not finite"),
+    ],
+)
+def test_sets_that_do_not_fit(
+    distance: Callable[[Tensor, Tensor], float], a: Tensor, b: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        distance(a, b)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"int64 of shape \(4,\)"),
+        (torch.zeros(4), "got torch.float32"),
+        (torch.arange(4), "at least two images"),
+    ],
+)
+def test_groups_that_do_not_fit(groups: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pairwise_diversity(torch.zeros(4, 2), groups)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import random_transformer
+from twostep.backbones.model import ModelError
+from twostep.flow import sigma_schedule
+from twostep.generate import InputError, generate, parse_size
+from twostep.pipeline import TwoStepPipeline, save_student
+from twostep.rollout import TwoStep, seeded_noise
+from twostep.sampler import Sampler, read_two_step
+
+
+@pytest.fixture(scope="module")
+def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("students") / "student"
+    save_student(tiny_folder, random_transformer(1), random_transformer(2), TwoStep(0.75), folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(student: Path) -> TwoStepPipeline:
+    return TwoStepPipeline.from_pretrained(student)
+
+
+def call(pipe: TwoStepPipeline, prompt="a dog", **changes):
+    arguments = {"height": 32, "width": 32, "output_type": "latent"} | changes
+    return pipe(prompt, **arguments)
+
+
+def test_schedule_is_the_folders(student: Path, pipe: TwoStepPipeline) -> None:
+    assert read_two_step(student) == TwoStep(sigma_schedule(2, 3.0)[1])
+    assert pipe.config.step2_sigma == 0.75
+
+
+def test_both_transformers_act(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    noise = seeded_noise([0], (8, 8, 8))
+    results = [call(TwoStepPipeline.from_pretrained(student), latents=noise).images]
+    for first, second in ((1, 3), (3, 2)):
+        other = tmp_path / f"{first}{second}"
+        save_student(
+            tiny_folder, random_transformer(first), random_transformer(second), TwoStep(0.75), other
+        )
+        results.append(call(TwoStepPipeline.from_pretrained(other), latents=noise).images)
+    assert (results[0] - results[1]).abs().max() > 0.1
+    assert (results[0] - results[2]).abs().max() > 0.1
+
+
+def test_saved_again_it_is_the_same(pipe: TwoStepPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "again")
+    again = TwoStepPipeline.from_pretrained(tmp_path / "again")
+    noise = seeded_noise([5], (8, 8, 8))
+    assert torch.equal(call(pipe, latents=noise).images, call(again, latents=noise).images)
+    assert read_two_step(tmp_path / "again") == TwoStep(0.75)
+
+
+def test_a_batch_is_its_members_alone(pipe: TwoStepPipeline) -> None:
+    prompts = ["a dog", "a strawberry to the left of a bus on a purple background"]
+    noise = seeded_noise([1, 2], (8, 8, 8))
+    together = call(pipe, prompts, latents=noise).images
+    for i, prompt in enumerate(prompts):
+        alone = call(pipe, prompt, latents=noise[i : i + 1]).images
+        # A random network magnifies rounding; trained ones agree to 1e-5.
+        torch.testing.assert_close(together[i : i + 1], alone, atol=2e-3, rtol=1e-3)
+
+
+def test_images_previews_and_callback(pipe: TwoStepPipeline) -> None:
+    steps = []
+
+    def callback(_, step, sigma, tensors):
+        steps.append((step, sigma, tuple(tensors["latents"].shape)))
+        return {}
+
+    result = call(
+        pipe,
+        ["a dog", "a cat"],
+        output_type="pil",
+        num_images_per_prompt=2,
+        return_preview=True,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=callback,
+    )
+    assert [i.size for i in result.images] == [(32, 32)] * 4
+    assert len(result.previews) == 4
+    assert steps == [(0, 1.0, (4, 8, 8, 8)), (1, 0.75, (4, 8, 8, 8))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 36}, "height must be a positive multiple of 8, got 36"),
+        ({"width": 0}, "width must be a positive multiple"),
+        ({"prompt": " "}, "non-empty"),
+        ({"prompt": []}, "non-empty"),
+        ({"prompt": None}, "exactly one of prompt and prompt_embeds"),
+        ({"num_images_per_prompt": 0}, "at least 1"),
+        ({"latents": torch.zeros(1, 8, 4, 4)}, "latents must have shape"),
+        ({"latents": torch.full((1, 8, 8, 8), float("nan"))}, "finite"),
+        ({"prompt": None, "prompt_embeds": [torch.zeros(3, 7)]}, r"\(tokens, 32\), got \(3, 7\)"),
+    ],
+)
+def test_bad_input_is_refused_before_any_network_runs(
+    pipe: TwoStepPipeline, changes: dict, message: str
+) -> None:
+    pipe.transformer.forward = pipe.text_encoder.forward = None
+    with pytest.raises(ValueError, match=message):
+        call(pipe, **changes)
+
+
+def test_sampler_refuses_other_steps_for_a_student(student: Path) -> None:
+    sampler = Sampler.load(str(student))
+    with pytest.raises(ValueError, match="steps=2"):
+        sampler.sample(["a"], seeded_noise([0], (8, 8, 8)), steps=8)
+    with pytest.raises(ValueError, match="1 prompts but noise for 2"):
+        sampler.sample(["a"], seeded_noise([0, 1], (8, 8, 8)))
+
+
+def test_student_without_a_schedule_is_refused(student: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "broken"
+    shutil.copytree(student, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["step2_sigma"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="no step2_sigma"):
+        Sampler.load(str(folder))
+
+
+def test_generate_writes_pictures_that_say_how_they_were_made(
+    student: Path, tmp_path: Path
+) -> None:
+    paths = list(generate(["一只狗"], str(student), tmp_path, seed=7, size=(32, 48), count=2))
+    assert [p.name for p in paths] == ["一只狗-7-2steps.png", "一只狗-8-2steps.png"]
+    with Image.open(paths[1]) as image:
+        assert image.size == (48, 32)
+        assert image.info["prompt"] == "一只狗"
+        assert (image.info["seed"], image.info["steps"]) == ("8", "2")
+        assert image.info["model"] == str(student)
+    alone = next(generate(["一只狗"], str(student), tmp_path / "b", seed=8, size=(32, 48)))
+    assert alone.read_bytes() == paths[1].read_bytes()
+    with pytest.raises(InputError, match="two-step student, got 8"):
+        next(generate(["x"], str(student), tmp_path, steps=8))
+    with pytest.raises(InputError, match="multiple of 8, got 30"):
+        next(generate(["x"], str(student), tmp_path, size=(30, 32)))
+
+
+def test_sizes() -> None:
+    assert parse_size("64") == (64, 64)
+    assert parse_size("96x64") == (64, 96)
+    for text in ("0x", "big", "64x64x64", "-8"):
+        with pytest.raises(InputError, match="expected SIDE"):
+            parse_size(text)
+    with pytest.raises(InputError, match="at most"):
+        parse_size("9000x9000")
