@@ -147,7 +147,7 @@ def train_base(
             "average": average,
         },
     )
-    losses = np.zeros(2)
+    losses: np.ndarray | None = None
     for progress in run:
         rng = np.random.default_rng((3, run.steps))
         generator = torch.Generator().manual_seed(run.steps)
@@ -169,7 +169,7 @@ def train_base(
         average.update()
         if run.steps % 10 == 0:
             now = np.array([flow_loss.item(), occupancy_loss.item()])
-            losses = now if run.steps == 0 else 0.95 * losses + 0.05 * now
+            losses = now if losses is None else 0.95 * losses + 0.05 * now
             run.message = f"flow {losses[0]:.4f} occupancy {losses[1]:.4f}"
 
     average.copy_to_parameters()
@@ -201,7 +201,7 @@ def distil_guidance(work: Path, minutes: float, device: str, compiled: bool) -> 
         minutes,
         {"student": student, "optimizer": optimizer, "average": average},
     )
-    smoothed = 0.0
+    smoothed: float | None = None
     for progress in run:
         rng = np.random.default_rng((4, run.steps))
         generator = torch.Generator().manual_seed(10_000_000 + run.steps)
@@ -225,7 +225,8 @@ def distil_guidance(work: Path, minutes: float, device: str, compiled: bool) -> 
         loss.backward()
         _step([optimizer], parameters)
         average.update()
-        smoothed = loss.item() if run.steps == 0 else 0.98 * smoothed + 0.02 * loss.item()
+        now = loss.item()
+        smoothed = now if smoothed is None else 0.98 * smoothed + 0.02 * now
         run.message = f"loss {smoothed:.4f}"
 
     average.copy_to_parameters()

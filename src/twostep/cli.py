@@ -42,6 +42,7 @@ def teach(
     from twostep.config import Recipe
     from twostep.teach import teach as run
 
+    _quiet()
     run(Recipe.load(recipe, overrides or ()), repair=repair)
 
 
@@ -64,6 +65,7 @@ def distill(
     from twostep.teach import teach as cache
     from twostep.training.loop import Trainer
 
+    _quiet()
     cache(resolved)
     folder = Trainer(resolved).train()
     _out.print(f"student: {folder}", highlight=False)
@@ -88,6 +90,7 @@ def generate(
     from twostep.generate import generate as run
     from twostep.generate import parse_size
 
+    _quiet()
     for path in run(prompts, model, out, seed, steps, parse_size(size), count):
         print(path)
 
@@ -108,8 +111,18 @@ def demo(
     """
     from twostep.demo import run_demo
 
+    _quiet()
     report = run_demo(minutes, out, images)
     _out.print(f"report: {report.with_suffix('.html')}\n        {report}", highlight=False)
+
+
+def _quiet() -> None:
+    """Our own progress bars suffice: no other library's bar for each file it opens."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from twostep.backbones.model import PromptEncoder, read_index
+from twostep.backbones.model import PromptEncoder, latent_shape, read_index
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.rollout import TwoStep, two_step
 from twostep.sampler import bind, transition_noise
@@ -84,25 +84,27 @@ class TwoStepPipeline(ZImagePipeline):
         Raises:
             ValueError: naming the argument, before any network runs.
         """
-        embeds = self._embeds(prompt, prompt_embeds)
+        count = self._count(prompt, prompt_embeds)
         if num_images_per_prompt < 1:
             raise ValueError(
                 f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
             )
-        multiple = 2 * self.vae_scale_factor
-        for name, value in (("height", height), ("width", width)):
-            if value < multiple or value % multiple:
-                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
-        device = self._execution_device
-        embeds = [e for e in embeds for _ in range(num_images_per_prompt)]
         scale = self.vae_scale_factor
-        shape = (len(embeds), self.transformer.in_channels, height // scale, width // scale)
+        sides = latent_shape(self.transformer.in_channels, scale, height, width)
+        shape = (count * num_images_per_prompt, *sides)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        if latents is not None and not bool(torch.isfinite(latents).all()):
+            raise ValueError("latents must be finite, got NaN or infinity")
+
+        device = self._execution_device
+        if prompt_embeds is None:
+            prompt_embeds = self.encoder.encode(
+                [prompt] if isinstance(prompt, str) else prompt or []
+            )
+        embeds = [e for e in prompt_embeds for _ in range(num_images_per_prompt)]
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        elif not bool(torch.isfinite(latents).all()):
-            raise ValueError("latents must be finite, got NaN or infinity")
         noise = latents.to(device, torch.float32)
 
         prompts = PromptBatch.collate(embeds, device)
@@ -127,9 +129,8 @@ class TwoStepPipeline(ZImagePipeline):
         self.maybe_free_model_hooks()
         return TwoStepOutput(images=images, previews=previews)
 
-    def _embeds(
-        self, prompt: str | list[str] | None, prompt_embeds: list[Tensor] | None
-    ) -> list[Tensor]:
+    def _count(self, prompt: str | list[str] | None, prompt_embeds: list[Tensor] | None) -> int:
+        """How many prompts there are; ValueError for none, empty ones, or wrong embeddings."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give exactly one of prompt and prompt_embeds")
         if prompt_embeds is not None:
@@ -139,11 +140,11 @@ class TwoStepPipeline(ZImagePipeline):
                     raise ValueError(
                         f"prompt_embeds must each be (tokens, {width}), got {tuple(e.shape)}"
                     )
-            return prompt_embeds
+            return len(prompt_embeds)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise ValueError(f"prompt must be one or more non-empty strings, got {prompt!r}")
-        return self.encoder.encode(prompts)
+        return len(prompts)
 
     def _finish(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

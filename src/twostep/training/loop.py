@@ -231,8 +231,8 @@ class Trainer:
             raise TrainingStopped(
                 f"turn {progress.turn}: loss or gradient was not finite "
                 f"{progress.skipped_in_a_row} times in a row (training.max_non_finite is "
-                f"{self.recipe.training.max_non_finite}). The last checkpoint is sound; begin a new "
-                "run with a lower training.learning_rate"
+                f"{self.recipe.training.max_non_finite}). The last checkpoint is sound; begin a "
+                "new run with a lower training.learning_rate"
             )
         return False
 

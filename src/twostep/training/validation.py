@@ -53,27 +53,33 @@ class Validator:
         self.prompts = samples.prompts * 2
         self.embeds = samples.embeds * 2
         self.groups = torch.arange(count // 2).repeat(2)
-        seeds = np.random.SeedSequence((recipe.data.seed, 4)).generate_state(count, np.uint32)
+        state = np.random.SeedSequence((recipe.data.seed, 4))
+        seeds = [int(s) for s in state.generate_state(3 * count, np.uint32)]
         shape = (samples.latents.shape[1], samples.latents.shape[2], samples.latents.shape[3])
-        self.noise = seeded_noise([int(s) for s in seeds], shape)
-        self.feature_noise = seeded_noise([int(s) + 1 for s in seeds], shape)
+        self.noise = seeded_noise(seeds[:count], shape)
+        self.feature_noise = seeded_noise(seeds[count : 2 * count], shape)
+        other_noise = seeded_noise(seeds[2 * count :], shape)
         self.empty = cache.empty_embeds
-        self.teacher_latents = self._teacher(sigma_schedule(recipe.teacher.steps, shift))
-        self.naive_latents = self._teacher(sigma_schedule(2, shift))
-        self.teacher_features = self._features(self.teacher_latents)
-        self.teacher_diversity = pairwise_diversity(self.teacher_features, self.groups)
+        sigmas = sigma_schedule(recipe.teacher.steps, shift)
+        self.teacher_latents = self._teacher(self.noise, sigmas)
+        self.naive_latents = self._teacher(self.noise, sigma_schedule(2, shift))
+        # Distances are to teacher images from other noise: a student is to match a distribution,
+        # and pairs that share their noise would lower the distance below zero.
+        self.reference = self._features(self._teacher(other_noise, sigmas))
+        teacher_features = self._features(self.teacher_latents)
+        self.teacher_diversity = pairwise_diversity(teacher_features, self.groups)
 
     @torch.no_grad()
-    def _teacher(self, sigmas: list[float]) -> Tensor:
+    def _teacher(self, noise: Tensor, sigmas: list[float]) -> Tensor:
         parts = []
-        for rows in torch.arange(len(self.noise)).split(_BATCH):
+        for rows in torch.arange(len(noise)).split(_BATCH):
             prompts = self._prompts(rows)
             scale = self.recipe.teacher.guidance_scale
             empty = PromptBatch.collate([self.empty], self.device).expand(len(rows))
             field = guided(
                 bind_role(self.roles.teacher, prompts), bind_role(self.roles.teacher, empty), scale
             )
-            parts.append(euler(field, self.noise[rows].to(self.device), sigmas).cpu())
+            parts.append(euler(field, noise[rows].to(self.device), sigmas).cpu())
         return torch.cat(parts)
 
     def _prompts(self, rows: Tensor) -> PromptBatch:
@@ -112,7 +118,7 @@ class Validator:
     def measure(self) -> Validation:
         """Compares the student as it is now with the teacher.
 
-        `kernel_distance`: to the teacher's images (0 is equal in distribution). `step1_distance`:
+        `kernel_distance`: to the teacher's images from other noise (0 is equal in distribution). `step1_distance`:
         the same for the step-1 preview. `diversity`: spread over seeds, teacher = 1.
         `latents_std`: ratio to the teacher's. `latents_mean`: shift in teacher deviations.
         """
@@ -120,10 +126,8 @@ class Validator:
         features = self._features(rollout.clean2)
         teacher = self.teacher_latents
         metrics = {
-            "kernel_distance": kernel_distance(features, self.teacher_features),
-            "step1_distance": kernel_distance(
-                self._features(rollout.clean1), self.teacher_features
-            ),
+            "kernel_distance": kernel_distance(features, self.reference),
+            "step1_distance": kernel_distance(self._features(rollout.clean1), self.reference),
             "diversity": pairwise_diversity(features, self.groups) / self.teacher_diversity,
             "latents_std": (rollout.clean2.std() / teacher.std()).item(),
             "latents_mean": ((rollout.clean2.mean() - teacher.mean()) / teacher.std()).item(),
