@@ -118,9 +118,10 @@ class Validator:
     def measure(self) -> Validation:
         """Compares the student as it is now with the teacher.
 
-        `kernel_distance`: to the teacher's images from other noise (0 is equal in distribution). `step1_distance`:
-        the same for the step-1 preview. `diversity`: spread over seeds, teacher = 1.
-        `latents_std`: ratio to the teacher's. `latents_mean`: shift in teacher deviations.
+        `kernel_distance`: to the teacher's images from other noise (0 is equal in distribution).
+        `step1_distance`: the same for the step-1 preview. `diversity`: spread over seeds, as a
+        ratio to the teacher's. `latents_std`: ratio to the teacher's. `latents_mean`: shift in
+        the teacher's standard deviations.
         """
         rollout = self.student()
         features = self._features(rollout.clean2)
