@@ -40,6 +40,7 @@ def main(
         "cuda" if torch.cuda.is_available() else "cpu"
     ),
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
+    images: Annotated[int, typer.Option(min=16, help="held-out images to measure on")] = 512,
     vae: Annotated[Path | None, typer.Option(help="start the VAE from this folder")] = None,
 ) -> None:
     """Fetches the art, trains VAE, inspector, base and teacher, and writes the folders."""
@@ -78,7 +79,7 @@ def main(
     assemble(work, "teacher", teacher)
     assemble(work, "base", base)
     shutil.copytree(work / "inspector", inspector, dirs_exist_ok=True)
-    figures = measure(art, teacher, base, inspector)
+    figures = measure(art, teacher, base, inspector, images)
     write_json(out / "emoji-teacher.json", figures)
     sheet(teacher, out / "emoji-teacher.png")
     for name, model in figures["models"].items():

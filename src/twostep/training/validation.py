@@ -54,43 +54,45 @@ class Validator:
         self.embeds = samples.embeds * 2
         self.groups = torch.arange(count // 2).repeat(2)
         state = np.random.SeedSequence((recipe.data.seed, 4))
-        seeds = [int(s) for s in state.generate_state(3 * count, np.uint32)]
+        seeds = [int(s) for s in state.generate_state(2 * count, np.uint32)]
         shape = (samples.latents.shape[1], samples.latents.shape[2], samples.latents.shape[3])
         self.noise = seeded_noise(seeds[:count], shape)
-        self.feature_noise = seeded_noise(seeds[count : 2 * count], shape)
-        other_noise = seeded_noise(seeds[2 * count :], shape)
+        self.feature_noise = seeded_noise(seeds[count:], shape)
         self.empty = cache.empty_embeds
         sigmas = sigma_schedule(recipe.teacher.steps, shift)
-        self.teacher_latents = self._teacher(self.noise, sigmas)
-        self.naive_latents = self._teacher(self.noise, sigma_schedule(2, shift))
-        # Distances are to teacher images from other noise: a student is to match a distribution,
-        # and pairs that share their noise would lower the distance below zero.
-        self.reference = self._features(self._teacher(other_noise, sigmas))
-        teacher_features = self._features(self.teacher_latents)
+        self.teacher_latents = self._teacher(sigmas)
+        self.naive_latents = self._teacher(sigma_schedule(2, shift))
+        # Distances are to teacher images of other prompts and noise, where the cache has them:
+        # a student is to match a distribution, and the estimator takes pairs that share either
+        # for more than equality.
+        others = cache.read(cache.batch_ids(0, 3 * count // 2, recipe.training.seed + 1)[-count:])
+        self.reference = self._features(others.latents, others.embeds)
+        teacher_features = self._features(self.teacher_latents, self.embeds)
         self.teacher_diversity = pairwise_diversity(teacher_features, self.groups)
 
     @torch.no_grad()
-    def _teacher(self, noise: Tensor, sigmas: list[float]) -> Tensor:
+    def _teacher(self, sigmas: list[float]) -> Tensor:
         parts = []
-        for rows in torch.arange(len(noise)).split(_BATCH):
-            prompts = self._prompts(rows)
+        for rows in torch.arange(len(self.noise)).split(_BATCH):
+            prompts = self._prompts(self.embeds, rows)
             scale = self.recipe.teacher.guidance_scale
             empty = PromptBatch.collate([self.empty], self.device).expand(len(rows))
             field = guided(
                 bind_role(self.roles.teacher, prompts), bind_role(self.roles.teacher, empty), scale
             )
-            parts.append(euler(field, noise[rows].to(self.device), sigmas).cpu())
+            parts.append(euler(field, self.noise[rows].to(self.device), sigmas).cpu())
         return torch.cat(parts)
 
-    def _prompts(self, rows: Tensor) -> PromptBatch:
-        return PromptBatch.collate([self.embeds[i] for i in rows.tolist()], self.device)
+    def _prompts(self, embeds: list[Tensor], rows: Tensor) -> PromptBatch:
+        return PromptBatch.collate([embeds[i] for i in rows.tolist()], self.device)
 
     @torch.no_grad()
     def student(self) -> Rollout:
         """The student's rollout from the validation noise, on CPU."""
         parts = []
         for rows in torch.arange(len(self.noise)).split(_BATCH):
-            prompts, noise = self._prompts(rows), self.noise[rows].to(self.device)
+            prompts = self._prompts(self.embeds, rows)
+            noise = self.noise[rows].to(self.device)
             fresh = transition_noise(noise) if self.schedule.transition == "renoise" else None
             first, second = (bind_role(r, prompts) for r in (self.roles.first, self.roles.second))
             parts.append(two_step(first, second, noise, self.schedule, transition_noise=fresh))
@@ -102,7 +104,7 @@ class Validator:
         )
 
     @torch.no_grad()
-    def _features(self, latents: Tensor) -> Tensor:
+    def _features(self, latents: Tensor, embeds: list[Tensor]) -> Tensor:
         """Mean and spread over tokens of the teacher's middle hidden states, fp64 (N, 2 * dim)."""
         model: ZImageVelocity = self.roles.teacher.model
         parts = []
@@ -110,7 +112,9 @@ class Validator:
             noisy = add_noise(latents[rows], self.feature_noise[rows], _FEATURE_SIGMA)
             sigma = torch.full((len(rows),), _FEATURE_SIGMA, device=self.device)
             taps = (model.depth // 2,)
-            out = self.roles.teacher(noisy.to(self.device), sigma, self._prompts(rows), taps)
+            out = self.roles.teacher(
+                noisy.to(self.device), sigma, self._prompts(embeds, rows), taps
+            )
             hidden = out.hidden[0].double()
             parts.append(torch.cat([hidden.mean(1), hidden.std(1)], dim=1).cpu())
         return torch.cat(parts)
@@ -118,17 +122,19 @@ class Validator:
     def measure(self) -> Validation:
         """Compares the student as it is now with the teacher.
 
-        `kernel_distance`: to the teacher's images from other noise (0 is equal in distribution).
+        `kernel_distance`: to cached teacher images of other prompts (0 on average when equal).
         `step1_distance`: the same for the step-1 preview. `diversity`: spread over seeds, as a
         ratio to the teacher's. `latents_std`: ratio to the teacher's. `latents_mean`: shift in
         the teacher's standard deviations.
         """
         rollout = self.student()
-        features = self._features(rollout.clean2)
+        features = self._features(rollout.clean2, self.embeds)
         teacher = self.teacher_latents
         metrics = {
             "kernel_distance": kernel_distance(features, self.reference),
-            "step1_distance": kernel_distance(self._features(rollout.clean1), self.reference),
+            "step1_distance": kernel_distance(
+                self._features(rollout.clean1, self.embeds), self.reference
+            ),
             "diversity": pairwise_diversity(features, self.groups) / self.teacher_diversity,
             "latents_std": (rollout.clean2.std() / teacher.std()).item(),
             "latents_mean": ((rollout.clean2.mean() - teacher.mean()) / teacher.std()).item(),
