@@ -147,8 +147,14 @@ def test_an_encoded_prompt_is_remembered(tiny_folder: Path) -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("steps", [2, 8])
-def test_sampler_equals_the_stock_pipeline(tiny_folder: Path, steps: int) -> None:
+# At sigmas that fp32 does not hold exactly, the scheduler's `sigma * 1000` and our `1 - sigma` round
+# differently; the time embedding multiplies that by 1000 and a random network magnifies it.
+ROUNDED_TIME = {"atol": 2e-3, "rtol": 1e-3}
+EXACT_TIME = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(2, EXACT_TIME), (8, ROUNDED_TIME)])
+def test_sampler_equals_the_stock_pipeline(tiny_folder: Path, steps: int, tolerance: dict) -> None:
     sampler = Sampler.load(str(tiny_folder))
     prompts = ["a dog on a red background", "两只猫"]
     noise = seeded_noise([3, 4], sampler.noise_shape(32, 48))
@@ -159,7 +165,8 @@ def test_sampler_equals_the_stock_pipeline(tiny_folder: Path, steps: int) -> Non
     # The same embeddings: a random network magnifies the text encoder's rounding.
     arguments["prompt_embeds"] = sampler.encoder.encode(prompts)
     theirs = pipe(num_inference_steps=steps, output_type="latent", **arguments)
-    torch.testing.assert_close(ours.latents, theirs.images, atol=1e-5, rtol=1e-5)
+    assert theirs.images.std() > 0.5
+    torch.testing.assert_close(ours.latents, theirs.images, **tolerance)
     assert ours.preview is None
 
 
@@ -179,7 +186,7 @@ def test_sampler_guidance_equals_the_stock_pipeline(tiny_folder: Path) -> None:
         latents=noise,
         output_type="latent",
     ).images
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs, **ROUNDED_TIME)
 
 
 def test_decoder_scales_and_shifts_as_the_pipeline_does(tiny_folder: Path) -> None:
