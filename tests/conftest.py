@@ -101,6 +101,7 @@ def make_recipe(tiny_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
             "training": {
                 "turns": 6,
                 "batch_size": 4,
+                "critic_warmup_turns": 1,
                 "log_every": 1,
                 "sample_every": 3,
                 "validate_every": 3,

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from twostep.metrics import frechet_distance, gap_closed, kernel_distance, pairwise_diversity
+from twostep.metrics import (
+    frechet_distance,
+    gap_closed,
+    gaussian_distance,
+    kernel_distance,
+    neighbourhoods,
+    paired_distance,
+    pairwise_diversity,
+    vendi_score,
+)
 
 
 def exact_gaussian(count: int, mean: Tensor, covariance: Tensor, seed: int = 0) -> Tensor:
@@ -101,6 +110,78 @@ def test_kernel_distance_is_unbiased() -> None:
     values = double([kernel_distance(a, b) for a, b in draws])
     assert values.min() < 0
     assert abs(values.mean()) < 4 * values.std() / math.sqrt(len(values))
+
+
+def test_gaussian_distance_by_hand() -> None:
+    a, b = double([0, 2]).reshape(2, 1), double([0, 1, 3]).reshape(3, 1)
+    width = 2.0**2  # median of 1, 2, 3
+
+    def kernel(distance: float) -> float:
+        return math.exp(-(distance**2) / (2 * width))
+
+    within = kernel(2) + (kernel(1) + kernel(3) + kernel(2)) / 3
+    across = sum(kernel(d) for d in (0, 1, 3, 2, 1, 1)) / 6
+    assert gaussian_distance(a, b) == pytest.approx(1000 * (within - 2 * across), rel=1e-9)
+    # Only the reference sets the width, so that the scale of the features does not matter.
+    assert gaussian_distance(7 * a, 7 * b) == pytest.approx(gaussian_distance(a, b), rel=1e-9)
+
+
+def test_gaussian_distance_of_one_and_of_two_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1500, 8, generator=generator, dtype=torch.float64)
+    assert abs(gaussian_distance(a, b)) < 1
+    assert gaussian_distance(a + 0.5, b) > 20
+    with pytest.raises(ValueError, match="single point"):
+        gaussian_distance(a, torch.ones(4, 8))
+
+
+def test_neighbourhoods_by_hand() -> None:
+    reference = double([0, 1, 2, 10]).reshape(4, 1)
+    images = double([0.5, 1.5, 30, 31]).reshape(4, 1)
+    # k = 1: the reference's balls have radii 1, 1, 1, 8, the images' 1, 1, 1, 1.
+    found = neighbourhoods(images, reference, k=1)
+    assert found.precision == 0.5  # 30 and 31 are in no ball
+    # 0.5 lies in those of 0 and 1, 1.5 in those of 1 and 2; 10's ends at 2.
+    assert found.density == (2 + 2) / 4
+    assert found.coverage == 0.75
+    assert found.recall == 0.75  # 0, 1 and 2 are within 1 of an image; 10 is not
+
+
+def test_neighbourhoods_of_one_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 800, 6, generator=generator, dtype=torch.float64)
+    same = neighbourhoods(a, b)
+    # 1 - 2^-k is what coverage tends to for equal distributions (arXiv 2002.09797, lemma 2).
+    assert same.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    assert same.density == pytest.approx(1, abs=0.06)
+    collapsed = neighbourhoods(a[:1] + 0.01 * a, b)
+    assert collapsed.recall < 0.02 < 0.9 < same.recall
+    assert neighbourhoods(a + 100, b).precision == 0
+    with pytest.raises(ValueError, match="need more than 5 images"):
+        neighbourhoods(a[:5], b)
+
+
+def test_vendi_score_counts_distinct_images() -> None:
+    axes = torch.eye(6)[:4]
+    assert vendi_score(axes) == pytest.approx(4)
+    assert vendi_score(axes.repeat(5, 1)) == pytest.approx(4)
+    assert vendi_score(torch.ones(7, 3)) == pytest.approx(1)
+    # Three of one kind and one of another: exp(entropy(3/4, 1/4)).
+    uneven = torch.eye(2)[[0, 0, 0, 1]]
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert vendi_score(3 * uneven) == pytest.approx(expected)
+    features = torch.randn(5, 20, dtype=torch.float64)
+    spun = features @ rotation(20, seed=1)
+    assert vendi_score(spun) == pytest.approx(vendi_score(features), rel=1e-10)
+    with pytest.raises(ValueError, match="row of zeros"):
+        vendi_score(torch.zeros(3, 2))
+
+
+def test_paired_distance_by_hand() -> None:
+    a, b = torch.zeros(2, 4), torch.tensor([[3.0, 4, 0, 0], [0, 0, 0, 0]])
+    assert paired_distance(a, b).tolist() == [2.5, 0]
+    with pytest.raises(ValueError, match="as many images"):
+        paired_distance(a, b[:1].repeat(3, 1))
 
 
 def test_diversity_by_hand() -> None:

@@ -171,6 +171,16 @@ def test_student_turn_leaves_fakes_and_heads_alone(make_recipe: Make) -> None:
         assert moved == (name in ("first", "second")), name
 
 
+def test_fakes_and_critic_get_their_own_warm_up_once(make_recipe: Make) -> None:
+    training = {"critic_turns": 2, "critic_warmup_turns": 5}
+    trainer = trainer_of(make_recipe(losses={"warmup_turns": 1}, training=training))
+    taken = []
+    for _ in range(4):
+        trainer._one_turn()
+        taken.append(trainer.progress.critic_turn)
+    assert taken == [0, 7, 9, 11]
+
+
 def test_fake_follows_the_student(make_recipe: Make) -> None:
     """Flow matching on a frozen student's samples brings the fake's loss down."""
     trainer = trainer_of(make_recipe(fake={"learning_rate": 2e-3}, training={"batch_size": 8}))

@@ -17,10 +17,10 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, Qwen3Model
 
-from twostep.emoji.inspector import Inspector, is_right, score
+from twostep.emoji.inspector import FEATURES, Inspector, is_right, score
 from twostep.emoji.render import load_sprites, render
 from twostep.emoji.scenes import held_out_scenes
-from twostep.evaluation.compare import EXTRACTOR, Prompts
+from twostep.evaluation.prompt_set import PromptSet
 from twostep.metrics import frechet_distance
 from twostep.pictures import image_grid
 from twostep.sampler import Sampler
@@ -47,38 +47,41 @@ def measure(art: Path, teacher: Path, base: Path, inspector: Path, images: int =
     """
     judge = Inspector.load(inspector)
     sampler = Sampler.load(str(teacher))
-    prompts = Prompts.held_out(images, sampler.noise_shape(64, 64))
+    prompts = PromptSet.load("emoji", images)
+    captions, scenes = prompts.captions, (prompts.scenes or []) * prompts.seeds_per_prompt
+    noise = prompts.noise(slice(None), sampler.noise_shape(64, 64))
     sprites = load_sprites(art)
 
     def draw(seed: int) -> torch.Tensor:
         rng = np.random.default_rng((9, seed))
-        return to_pixels(np.stack([render(s, sprites, rng).image for s in prompts.scenes]))
+        return to_pixels(np.stack([render(s, sprites, rng).image for s in scenes]))
 
     rendered = draw(0)
     reference = judge.features(rendered)
     made = {"rendered": draw(1)}
     for steps in (8, 4, 2):
-        made[f"teacher_{steps}"] = sampler.generate(prompts.captions, prompts.noise, steps)
+        made[f"teacher_{steps}"] = sampler.generate(captions, noise, steps)
     undistilled = Sampler.load(str(base))
-    guided = undistilled.sample(prompts.captions, prompts.noise, 30, guidance_scale=2.0)
+    guided = undistilled.sample(captions, noise, 30, guidance_scale=2.0)
     made["base_30_guided"] = undistilled.decoder.decode(guided.latents)
-    figures: dict = {"extractor": EXTRACTOR, "images": len(prompts.captions), "models": {}}
+    figures: dict = {"extractor": f"inspector-{FEATURES}", "images": len(captions), "models": {}}
     for name, pictures in made.items():
         found = judge.detect(pictures)
-        verdicts = [is_right(s, f) for s, f in zip(prompts.scenes, found, strict=True)]
+        verdicts = [is_right(s, f) for s, f in zip(scenes, found, strict=True)]
         languages = {}
         for language, remainder in (("en", 0), ("zh", 1)):
             rows = [i for i in range(len(found)) if i % (len(found) // 2) // 4 % 2 == remainder]
             chosen = [verdicts[i].all for i in rows]
             languages[language] = sum(chosen) / len(chosen)
         figures["models"][name] = {
-            "accuracy": score(prompts.scenes, verdicts) | languages,
+            "accuracy": score(scenes, verdicts) | languages,
             "frechet_to_rendered": frechet_distance(judge.features(pictures), reference),
         }
     decoder = sampler.decoder
-    scenes = held_out_scenes(256, seed=3)
     rng = np.random.default_rng(10)
-    fresh = to_pixels(np.stack([render(s, sprites, rng).image for s in scenes]))
+    fresh = to_pixels(
+        np.stack([render(s, sprites, rng).image for s in held_out_scenes(256, seed=3)])
+    )
     figures["vae_psnr"] = psnr(decoder.decode(decoder.encode(fresh)), fresh).mean().item()
     return figures
 
@@ -86,12 +89,13 @@ def measure(art: Path, teacher: Path, base: Path, inspector: Path, images: int =
 def sheet(teacher: Path, path: Path, columns: int = 12) -> None:
     """A picture of the teacher's own samples on held-out prompts: 8 steps above 2, equal noise."""
     sampler = Sampler.load(str(teacher))
-    prompts = Prompts.held_out(8 * columns, sampler.noise_shape(64, 64))
+    prompts = PromptSet.load("emoji", 8 * columns)
+    everything = prompts.noise(slice(None), sampler.noise_shape(64, 64))
     panels = {}
     for row in range(3):
         part = slice(row * columns, (row + 1) * columns)
         for steps in (8, 2):
-            captions, noise = prompts.captions[part], prompts.noise[part]
+            captions, noise = prompts.captions[part], everything[part]
             panels[f"{steps} steps {row}"] = sampler.generate(captions, noise, steps)
     image_grid(panels).save(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dataset import Scenes
 from diffusers import ZImageTransformer2DModel
 from timed_run import Average, TimedRun, warm_then_linear
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
@@ -22,7 +24,10 @@ BATCH = 48
 TEXT_WIDTH = 128
 # Layer whose hidden states must tell which object covers each image token (see `Occupancy`).
 OCCUPANCY_LAYER = 3
-OCCUPANCY_WEIGHT = 0.1
+OCCUPANCY_WEIGHT = 0.2
+# Noise levels are drawn as the sampler visits them: at shift 3 a third of them lies above 0.85,
+# where objects and their places are decided. Levels centred lower taught no relations.
+SHIFT = 3.0
 # Guidance distilled into the teacher, in diffusers' sense (0 is none).
 GUIDANCE_SCALE = 2.0
 
@@ -102,6 +107,12 @@ def muon_and_adamw(modules: list[nn.Module]) -> list[torch.optim.Optimizer]:
     ]
 
 
+def _attention(device: str) -> AbstractContextManager[Any]:
+    # On CPU the backward of flash attention took a third of a step at 96 tokens; plain attention,
+    # fused by the compiler, made the step 1.37 times as fast (2026-11-23, 2 cores, batch 48).
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+
+
 def _set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -151,20 +162,20 @@ def train_base(
     for progress in run:
         rng = np.random.default_rng((3, run.steps))
         generator = torch.Generator().manual_seed(run.steps)
-        _set_learning_rate(optimizers, warm_then_linear(progress, run.steps, 100, hold=0.4))
-        picks = torch.from_numpy(rng.integers(len(scenes), size=BATCH))
+        _set_learning_rate(optimizers, warm_then_linear(progress, run.steps, 100, hold=0.7))
+        picks = scenes.draw(BATCH, rng)
         clean = scenes.latents[picks].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        # Logit-normal levels (SD3, arXiv 2403.03206), leaning to noise, where layout is decided.
-        sigma = torch.sigmoid(torch.randn(BATCH, generator=generator) + 0.4).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        sigma = sample_sigma(BATCH, SHIFT, generator).to(device)
+        with torch.autocast(device, torch.bfloat16), _attention(device):
             prompts = text(scenes.captions(picks, rng))
             out = forward(add_noise(clean, noise, sigma), sigma, prompts, (OCCUPANCY_LAYER,))
             logits = occupancy_head(out.hidden[0])
         flow_loss = (out.velocity - velocity_target(clean, noise)).square().mean()
         target = scenes.occupancy[picks].flatten().long().to(device)
         occupancy_loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), target)
-        (flow_loss + OCCUPANCY_WEIGHT * occupancy_loss).backward()
+        with _attention(device):
+            (flow_loss + OCCUPANCY_WEIGHT * occupancy_loss).backward()
         _step(optimizers, parameters)
         average.update()
         if run.steps % 10 == 0:
@@ -206,12 +217,12 @@ def distil_guidance(work: Path, minutes: float, device: str, compiled: bool) -> 
         rng = np.random.default_rng((4, run.steps))
         generator = torch.Generator().manual_seed(10_000_000 + run.steps)
         _set_learning_rate([optimizer], warm_then_linear(progress, run.steps, 50))
-        picks = torch.from_numpy(rng.integers(len(scenes), size=BATCH))
+        picks = scenes.draw(BATCH, rng)
         clean = scenes.latents[picks].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        sigma = sample_sigma(BATCH, 3.0, generator).clamp_min(0.02).to(device)
+        sigma = sample_sigma(BATCH, SHIFT, generator).clamp_min(0.02).to(device)
         noisy = add_noise(clean, noise, sigma)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16), _attention(device):
             with torch.no_grad():
                 prompts = text(scenes.captions(picks, rng))
                 empty = text([""]).expand(BATCH)
@@ -222,7 +233,8 @@ def distil_guidance(work: Path, minutes: float, device: str, compiled: bool) -> 
                 )
             velocity: Tensor = forward(noisy, sigma, prompts).velocity
         loss = (velocity - target).square().mean()
-        loss.backward()
+        with _attention(device):
+            loss.backward()
         _step([optimizer], parameters)
         average.update()
         now = loss.item()

@@ -96,6 +96,53 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        list[str], typer.Option(help="a student, or any folder of the family; may be repeated")
+    ],
+    reference: Annotated[str, typer.Option(help="the teacher: a folder, zoo:NAME or a hub id")],
+    out: Annotated[Path, typer.Option(help="folder for images, metrics.json and report.html")],
+    prompts: Annotated[
+        str, typer.Option(help="emoji (held-out scenes), or a .txt or .jsonl file")
+    ] = "emoji",
+    images: Annotated[int, typer.Option(min=4, help="images per model")] = 512,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="images per prompt; 2 or more for diversity")
+    ] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="what all the noise follows from")] = 0,
+    reference_steps: Annotated[int, typer.Option(min=1, help="the teacher's steps")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="steps of a model that is not a two-step student (8)")
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(help="inspector, efficientnet-lite0, ...; the first gives the main figures"),
+    ] = None,
+    scores: Annotated[
+        list[str] | None, typer.Option(help="inspector, ocr, clip; may be repeated")
+    ] = None,
+    size: Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")] = "64",
+    halves: Annotated[int, typer.Option(min=0, help="random halves behind each interval")] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Compare students with their teacher on the same prompts and noise. Resumable.
+
+    Example: twostep evaluate --model runs/x/student --reference path/to/teacher --out runs/check
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m twostep evaluate ...
+    """
+    from twostep.evaluation.command import run_evaluation
+
+    _quiet()
+    path = run_evaluation(
+        model, reference, out, prompts, images, seeds, seed, reference_steps, steps,
+        features, scores, size, halves, device,
+    )  # fmt: skip
+    if path is not None:
+        _out.print(f"report: {path.with_name('report.html')}\n        {path}", highlight=False)
+
+
+@app.command()
 def demo(
     minutes: Annotated[
         float, typer.Option(min=0.1, help="time for all of it: cache, distilling, evaluation")

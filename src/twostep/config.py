@@ -123,6 +123,11 @@ class Training(_Section):
     minutes: Positive | None = Field(None, description="stop after this time, whatever the turns")
     batch_size: Count = 24
     critic_turns: Count = Field(1, description="fake and critic turns for each student turn")
+    critic_warmup_turns: Annotated[int, Field(ge=0)] = Field(
+        20,
+        description="fake and critic turns between the student's warm-up and its first turn with "
+        "them: until the fakes know the student, their gradient is noise",
+    )
     learning_rate: Positive = 1e-4
     betas: tuple[Fraction, Fraction] = (0.0, 0.99)
     weight_decay: NonNegative = 0.0

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from datetime import date
 from pathlib import Path
 
 from rich.console import Console
 
 from twostep.backbones.model import ZOO
 from twostep.config import Recipe
-from twostep.evaluation.compare import compare
-from twostep.evaluation.report import write_report
-from twostep.files import write_atomically
-from twostep.provenance import git_commit, machine
-from twostep.sampler import Sampler
+from twostep.evaluation.evaluate import Settings, contenders, evaluate
+from twostep.evaluation.prompt_set import PromptSet
 from twostep.teach import teach
 from twostep.training.loop import Trainer
 from twostep.training.monitor import read_metrics
@@ -25,7 +20,9 @@ RECIPE = ZOO / "emoji-demo.yaml"
 SHIPPED = "zoo:emoji-student"
 # Generating and judging the evaluation's sets, in units of one cached teacher sample.
 _SAMPLES_PER_EVALUATED_IMAGE = 4.5
-_EVALUATION_OVERHEAD_SECONDS = 20.0
+_EVALUATION_OVERHEAD_SECONDS = 30.0
+# Random halves behind each interval: enough for two digits, done in seconds.
+_HALVES = 40
 
 
 def run_demo(minutes: float, out: Path, images: int) -> Path:
@@ -40,7 +37,7 @@ def run_demo(minutes: float, out: Path, images: int) -> Path:
     overrides = [f"output={out.parent}", f"name={out.name}", f"data.cache={out}/cache"]
     recipe = Recipe.load(RECIPE, overrides)
     if (out / "report.json").exists():  # a finished demo starts anew; an interrupted one goes on
-        for name in ("checkpoints", "samples", "student"):
+        for name in ("checkpoints", "samples", "student", "images"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("report.json", "report.html", "metrics.jsonl", "best.safetensors"):
             (out / name).unlink(missing_ok=True)
@@ -55,30 +52,21 @@ def run_demo(minutes: float, out: Path, images: int) -> Path:
     trainer = Trainer(recipe)
     student = trainer.train()
     console.print("[bold]3/3[/] evaluating on held-out prompts")
-    students = {"student_2": Sampler.load(str(student)), "shipped_2": Sampler.load(SHIPPED)}
-    comparison = compare(
-        Sampler.load(recipe.teacher.model),
-        students,
-        images,
-        (recipe.data.height, recipe.data.width),
-        recipe.teacher.steps,
-        lambda stage: console.print(f"    {stage}", highlight=False),
+    models = contenders(
+        recipe.teacher.model, recipe.teacher.steps, {"student": str(student), "shipped": SHIPPED}
     )
-    report = comparison.figures | {
+    size = (recipe.data.height, recipe.data.width)
+    prompts = PromptSet.load("emoji", images)
+    comparison = evaluate(models, prompts, out / "images", Settings(size=size, halves=_HALVES))
+    assert comparison is not None  # the demo is one process
+    facts = {
         "command": f"twostep demo --minutes {minutes:g}",
-        "commit": git_commit(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
         "minutes": round((time.monotonic() - started) / 60, 2),
         "turns": trainer.progress.turn,
         "best_turn": trainer.progress.best_turn,
         "recipe": recipe.model_dump(mode="json"),
     }
     path = out / "report.json"
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
-    write_report(
-        out, report, comparison.panels, comparison.captions, read_metrics(out),
-        "Two steps from eight: the embedded teacher",
-    )  # fmt: skip
+    title = "Two steps from eight: the embedded teacher"
+    comparison.write(path, facts, read_metrics(out), title)
     return path

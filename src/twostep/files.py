@@ -1,7 +1,8 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what tells folders of weights apart."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,3 +19,22 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         os.close(descriptor)
     os.replace(temporary, path)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Changes with a model folder's weights, configurations or templates."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors", ".jinja"):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(_sketch(path))
+    return digest.hexdigest()
+
+
+def _sketch(path: Path) -> bytes:
+    """Size, first and last MiB: tells weights apart without reading 12 GB of them."""
+    size, edge = path.stat().st_size, 1 << 20
+    with path.open("rb") as file:
+        head = file.read(edge)
+        file.seek(max(0, size - edge))
+        return size.to_bytes(8, "big") + hashlib.sha256(head + file.read(edge)).digest()

@@ -5,6 +5,9 @@ Every function works in fp64 and knows nothing of where features come from.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,117 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     a, b = _two_sets(a, b)
     within = _mean_off_diagonal(_cubic(a, a)) + _mean_off_diagonal(_cubic(b, b))
     return (within - 2 * _cubic(a, b).mean()).item()
+
+
+def gaussian_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD with a Gaussian kernel, times 1000 (as CMMD, arXiv 2401.09603, eq. 4).
+
+    The kernel's width is the median distance between members of `b`, so that the figure depends
+    on the reference and not on the features' scale.
+
+    Args:
+        a: (N, D).
+        b: (M, D), the reference.
+
+    Returns:
+        0 on average when both sets come from one distribution.
+
+    Raises:
+        ValueError: not two finite sets of two or more images with as many features each, or all
+            of `b` is one point.
+    """
+    a, b = _two_sets(a, b)
+    width = torch.pdist(b).median().square()
+    if not width > 0:
+        raise ValueError("b is a single point, repeated: its kernel has no width")
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (-_squared_distances(x, y) / (2 * width)).exp()
+
+    within = _mean_off_diagonal(kernel(a, a)) + _mean_off_diagonal(kernel(b, b))
+    return 1000 * (within - 2 * kernel(a, b).mean()).item()
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """How two sets overlap, by balls around each image that reach its k-th nearest neighbour.
+
+    Attributes:
+        precision: share of images inside some ball of the reference (arXiv 1904.06991).
+        recall: share of the reference inside some ball of the images.
+        density: reference balls that hold an image, over k, averaged (arXiv 2002.09797); may
+            exceed 1.
+        coverage: share of the reference's balls that hold an image.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def neighbourhoods(images: Tensor, reference: Tensor, k: int = 5) -> Neighbourhoods:
+    """Precision, recall, density and coverage of `images` (N, D) against `reference` (M, D).
+
+    Raises:
+        ValueError: sets that do not fit, or no more than `k` images in one.
+    """
+    images, reference = _two_sets(images, reference)
+    if min(len(images), len(reference)) <= k:
+        raise ValueError(
+            f"neighbourhoods of {k} need more than {k} images, got {len(images)} and "
+            f"{len(reference)}"
+        )
+    apart = torch.cdist(reference, images)
+    reference_radius, image_radius = _radius(reference, k), _radius(images, k)
+    in_reference = apart < reference_radius[:, None]
+    return Neighbourhoods(
+        precision=in_reference.any(0).double().mean().item(),
+        recall=(apart < image_radius[None]).any(1).double().mean().item(),
+        density=in_reference.double().sum(0).mean().item() / k,
+        coverage=in_reference.any(1).double().mean().item(),
+    )
+
+
+def vendi_score(features: Tensor) -> float:
+    """Effective number of distinct images: exp of the entropy of the cosine kernel's eigenvalues.
+
+    arXiv 2210.02410, eq. 1 and 2.
+
+    Args:
+        features: (N, D), no row all zeros.
+
+    Returns:
+        1 when all point one way, N when all are orthogonal.
+
+    Raises:
+        ValueError: not a finite set of two or more images, or a row of zeros.
+    """
+    features = _one_set(features, "features")
+    norms = features.norm(dim=1, keepdim=True)
+    if not bool((norms > 0).all()):
+        raise ValueError("features holds a row of zeros, which has no direction")
+    unit = features / norms
+    # The smaller of the two Gram matrices has the same eigenvalues, zeros aside.
+    gram = unit.T @ unit if unit.shape[1] < len(unit) else unit @ unit.T
+    weights = _eigenvalues(gram) / len(unit)
+    weights = weights[weights > 0]
+    return (-(weights * weights.log()).sum()).exp().item()
+
+
+def paired_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distance (N,) between images of one row, over the root of D.
+
+    Args:
+        a, b: (N, D), row i of both from the same prompt and noise.
+
+    Raises:
+        ValueError: shapes differ, or values are not finite.
+    """
+    a, b = _two_sets(a, b)
+    if len(a) != len(b):
+        raise ValueError(f"pairs need as many images in both sets, got {len(a)} and {len(b)}")
+    return (a - b).norm(dim=1) / math.sqrt(a.shape[1])
 
 
 def pairwise_diversity(features: Tensor, groups: Tensor) -> float:
@@ -114,6 +228,15 @@ def _two_sets(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a has {a.shape[1]} features per image and b has {b.shape[1]}")
     return a, b
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b).square()
+
+
+def _radius(features: Tensor, k: int) -> Tensor:
+    """Distance of each image to its k-th nearest neighbour in its own set."""
+    return torch.cdist(features, features).kthvalue(k + 1, dim=1).values
 
 
 def _covariance(features: Tensor) -> Tensor:

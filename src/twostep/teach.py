@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twostep.config import Recipe
 from twostep.devices import pick_device
+from twostep.processes import local_device, rank_and_world, wait_for
 from twostep.sampler import Sampler
-from twostep.teacher_cache import CacheError, Plan, TeacherCache, build, check_shard, finish
-
-_WAIT_SECONDS = 24 * 3600
+from twostep.teacher_cache import Plan, TeacherCache, build, check_shard, finish
 
 
 def teach(recipe: Recipe, repair: bool = False) -> TeacherCache:
@@ -27,12 +24,10 @@ def teach(recipe: Recipe, repair: bool = False) -> TeacherCache:
         CacheError: for a bad shard without `repair`.
     """
     plan = Plan.of(recipe)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     if not repair and world == 1 and (plan.folder / "manifest.json").exists():
         return TeacherCache(plan)
-    device = os.environ.get("LOCAL_RANK", "0")
-    chosen = pick_device(recipe.training.device)
-    sampler = Sampler.load(str(plan.teacher), f"cuda:{device}" if chosen.type == "cuda" else chosen)
+    sampler = Sampler.load(str(plan.teacher), local_device(pick_device(recipe.training.device)))
     console = Console(stderr=True)
     columns = (
         TextColumn("teach"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -57,18 +52,10 @@ def teach(recipe: Recipe, repair: bool = False) -> TeacherCache:
         _wait_for_others(plan)
         finish(plan, sampler)
     else:
-        _wait_for(lambda: (plan.folder / "manifest.json").exists(), "the first process")
+        wait_for(lambda: (plan.folder / "manifest.json").exists(), "the first process")
     return TeacherCache(plan)
 
 
 def _wait_for_others(plan: Plan) -> None:
     shards = range(plan.shard_count)
-    _wait_for(lambda: all(check_shard(plan, s) is None for s in shards), "the other processes")
-
-
-def _wait_for(ready: Callable[[], bool], whom: str) -> None:
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not ready():
-        if time.monotonic() > deadline:
-            raise CacheError(f"gave up waiting for {whom}")
-        time.sleep(1)
+    wait_for(lambda: all(check_shard(plan, s) is None for s in shards), "the other processes")

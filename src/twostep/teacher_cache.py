@@ -29,7 +29,7 @@ from twostep.backbones.model import read_shift, resolve
 from twostep.backbones.zimage import PromptBatch
 from twostep.config import Recipe
 from twostep.errors import UserError
-from twostep.files import write_atomically
+from twostep.files import folder_fingerprint, write_atomically
 from twostep.flow import sigma_schedule
 from twostep.prompts import load_prompts
 from twostep.rollout import euler, guided, seeded_noise
@@ -110,20 +110,8 @@ class Plan:
         settings += [self.samples_per_prompt, self.height, self.width, self.seed]
         settings += [self.prompts_per_shard]
         digest.update(json.dumps(settings).encode())
-        for path in sorted(self.teacher.rglob("*")):
-            if path.suffix in (".json", ".safetensors", ".jinja"):
-                digest.update(path.relative_to(self.teacher).as_posix().encode())
-                digest.update(_sketch(path))
+        digest.update(folder_fingerprint(self.teacher).encode())
         return digest.hexdigest()
-
-
-def _sketch(path: Path) -> bytes:
-    """Size, first and last MiB: tells weights apart without reading 12 GB of them."""
-    size, edge = path.stat().st_size, 1 << 20
-    with path.open("rb") as file:
-        head = file.read(edge)
-        file.seek(max(0, size - edge))
-        return size.to_bytes(8, "big") + hashlib.sha256(head + file.read(edge)).digest()
 
 
 def _checksum(path: Path) -> str:

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,18 @@ _ACCURACY_NAMES = {
     "position": "position",
     "background": "background",
 }
+_MORE_DISTANCES = {
+    "kernel_to_teacher": "kernel distance (cubic)",
+    "gaussian_to_teacher": "kernel distance (Gaussian, x 1000)",
+}
+_OVERLAPS = {
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+_SCORES = {"ocr": "Written text", "clip_score": "CLIPScore"}
+_STAGES = {"text": "text", "steps": "steps", "decode": "decoding"}
 _ORIGIN = {
     "date": "Date",
     "machine": "Machine",
@@ -72,6 +84,19 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 10.0, 10.0, 24.0
 _MAX_POINTS = 120
 # Values that span more than this are drawn on a logarithmic axis.
 _LOG_SPAN = 50.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student's image and the teacher's of the same prompt and noise, (3, H, W) in -1..1.
+
+    `kind` is the heading it is shown under, such as "furthest apart".
+    """
+
+    kind: str
+    caption: str
+    teacher: Tensor
+    student: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,7 @@ def write_report(
     captions: list[str],
     curves: list[dict[str, Any]],
     title: str,
+    pairs: Sequence[Pair] = (),
 ) -> Path:
     """Writes `folder/report.html`: one file that needs no network and no script.
 
@@ -132,6 +158,7 @@ def write_report(
             equal noise.
         captions: K prompts.
         curves: records of the training, each with `turn`; other keys may be absent.
+        pairs: a student's pictures beside the teacher's, shown by kind.
 
     Returns:
         The page's path.
@@ -151,9 +178,10 @@ def write_report(
     columns = _columns(report)
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
-        verdict=_verdict(report),
+        verdict=verdict(report),
         panels={label: [_data_uri(i) for i in images] for label, images in panels.items()},
         captions=[(caption, _language(caption)) for caption in captions],
+        pairs=_by_kind(pairs),
         columns=columns,
         rows=_rows(report, columns),
         charts=_charts(curves),
@@ -168,6 +196,20 @@ def write_report(
     path = folder / "report.html"
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
+
+
+def _by_kind(pairs: Sequence[Pair]) -> dict[str, list[tuple[str, str, str, str]]]:
+    """(caption, its language, the teacher's picture, the student's), by kind."""
+    shown: dict[str, list[tuple[str, str, str, str]]] = {}
+    for pair in pairs:
+        row = (
+            pair.caption,
+            _language(pair.caption),
+            _data_uri(pair.teacher),
+            _data_uri(pair.student),
+        )
+        shown.setdefault(pair.kind, []).append(row)
+    return shown
 
 
 def _data_uri(image: Tensor) -> str:
@@ -192,7 +234,7 @@ def _columns(report: dict[str, Any]) -> list[_Column]:
     return columns
 
 
-def _verdict(report: dict[str, Any]) -> str:
+def verdict(report: dict[str, Any]) -> str:
     """What the figures come to, in a sentence per student."""
     models, closed = report["models"], report.get("gap_closed", {})
     students = [key for key in models if not key.startswith(("teacher_", "naive_"))]
@@ -207,11 +249,16 @@ def _verdict(report: dict[str, Any]) -> str:
     sentence = _who(first) + _closes(
         closed.get(first),
         f" of the gap between the teacher’s weights at 2 steps and at {teacher_steps}",
+        _around(models[first], "gap_closed", _percent),
     )
     if ratio is not None:
         sentence += f", at {ratio:.2f} of the teacher’s time per image"
     if accuracy is not None and of_teacher is not None:
         sentence += f"; overall accuracy {accuracy:.2f} against the teacher’s {of_teacher:.2f}"
+    diversity = models[first].get("diversity")
+    if diversity is not None and math.isfinite(diversity):
+        sentence += f"; diversity {_percent(diversity)} of the teacher’s"
+    sentence += _worst_category(models[first], teacher)
     sentences.append(f"{sentence}.")
     for key in others:
         sentence, accuracy = _who(key) + _closes(closed.get(key), " of it"), _overall(models[key])
@@ -225,7 +272,18 @@ def _who(key: str) -> str:
     return f"The {_MODEL_NAMES.get(name := key.rpartition('_')[0], name).lower()}"
 
 
-def _closes(share: float | None, gap: str) -> str:
+def _worst_category(student: dict[str, Any], teacher: dict[str, Any]) -> str:
+    """Where the student falls furthest behind the teacher, if by a point or more."""
+    own, other = student.get("accuracy", {}), teacher.get("accuracy", {})
+    short = {k: 100 * (other[k] - own[k]) for k in own if k in other and k != "overall"}
+    worst = max(short, key=lambda k: short[k], default=None)
+    if worst is None or short[worst] < 1:
+        return ""
+    points = f"{short[worst]:.0f} point{'s' if round(short[worst]) > 1 else ''}"
+    return f"; furthest behind in {_ACCURACY_NAMES.get(worst, worst)}, {points} short"
+
+
+def _closes(share: float | None, gap: str, around: str = "") -> str:
     if share is None or not math.isfinite(share):
         return " was compared with the teacher"
     if share < 0:
@@ -233,7 +291,7 @@ def _closes(share: float | None, gap: str) -> str:
             " is further from the teacher than the teacher’s own weights at 2 steps"
             f" (gap closed: {_percent(share)})"
         )
-    return f" closes {_percent(share)}{gap}"
+    return f" closes {_percent(share)}{around}{gap}"
 
 
 def _rows(report: dict[str, Any], columns: Sequence[_Column]) -> list[_Row]:
@@ -249,25 +307,57 @@ def _rows(report: dict[str, Any], columns: Sequence[_Column]) -> list[_Row]:
     rows = [
         _Row(
             "Fréchet distance",
-            [_number(m.get("frechet_to_teacher")) for m in models],
+            [_with_interval(m, "frechet_to_teacher", _number) for m in models],
             "to the teacher; lower is closer",
         ),
-        _Row("Gap closed", [_percent(closed.get(c.key)) for c in columns]),
+        _Row(
+            "Gap closed",
+            [
+                _percent(closed.get(c.key)) + _around(m, "gap_closed", _percent)
+                for c, m in zip(columns, models, strict=True)
+            ],
+        ),
+        *(
+            _Row(name, [_with_interval(m, key, _number) for m in models], part=True)
+            for key, name in _MORE_DISTANCES.items()
+        ),
+        *(
+            _Row(name, [_with_interval(m, key, _fraction) for m in models], part=True)
+            for key, name in _OVERLAPS.items()
+        ),
         _Row(
             "Accuracy",
-            [_fraction(_overall(m)) for m in models],
+            [_fraction(_overall(m)) + _around(m, "accuracy.overall", _fraction) for m in models],
             "all that the prompt asks for is right",
         ),
         *(
             _Row(_ACCURACY_NAMES.get(k, k), [_fraction(a.get(k)) for a in accuracies], part=True)
             for k in categories
         ),
-        _Row("Diversity", [_fraction(m.get("diversity")) for m in models], "the teacher’s is 1"),
+        *(
+            _Row(name, [_with_interval(m, key, _fraction) for m in models])
+            for key, name in _SCORES.items()
+        ),
+        _Row(
+            "Diversity",
+            [_with_interval(m, "diversity", _fraction) for m in models],
+            "spread over seeds; the teacher’s is 1",
+        ),
+        _Row("distinct images", [_fraction(m.get("vendi")) for m in models], part=True),
+        _Row(
+            "Distance to its pair",
+            [_with_interval(m, "paired_distance", _number) for m in models],
+            "the teacher’s image of the same noise",
+        ),
         _Row("Time per image", [_seconds(m.get("seconds_per_image")) for m in models]),
         _Row(
             "of the teacher’s",
             [_fraction(_ratio(m, teacher, "seconds_per_image")) for m in models],
             part=True,
+        ),
+        *(
+            _Row(name, [_seconds(_stage(m, key)) for m in models], part=True)
+            for key, name in _STAGES.items()
         ),
         _Row(
             "Step-1 preview, Fréchet distance",
@@ -276,6 +366,23 @@ def _rows(report: dict[str, Any], columns: Sequence[_Column]) -> list[_Row]:
         _Row("Step-1 preview, accuracy", [_fraction(_overall(p)) for p in previews]),
     ]
     return [row for row in rows if any(cell != _NONE for cell in row.cells)]
+
+
+def _with_interval(model: dict[str, Any], key: str, write: Callable[[float | None], str]) -> str:
+    return write(model.get(key)) + _around(model, key, write)
+
+
+def _around(model: dict[str, Any], key: str, write: Callable[[float | None], str]) -> str:
+    """ " ± 0.03", or nothing where no interval is known."""
+    value: Any = model.get("interval", {})
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return "" if value is None else f" ± {write(value).removesuffix('%')}"
+
+
+def _stage(model: dict[str, Any], key: str) -> float | None:
+    value = model.get("latency", {}).get(key)
+    return sum(value) if isinstance(value, list) else value
 
 
 def _measured(report: dict[str, Any]) -> list[str]:
@@ -303,6 +410,11 @@ def _measured(report: dict[str, Any]) -> list[str]:
             f"{1 / math.sqrt(images):.2g} (two standard errors)."
         )
     lines.append(accuracy)
+    if report.get("halves"):
+        lines.append(
+            "± is half of a 95% interval, 1.96 standard deviations of the figure over "
+            f"{report['halves']} random halves of the prompts."
+        )
     lines.append(
         "Diversity is the mean distance, in the same features, between images of one prompt from "
         "different noise, relative to the teacher’s. Time is from prompt to pixels, warm."

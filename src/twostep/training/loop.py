@@ -170,7 +170,9 @@ class Trainer:
         self._set_rates()
         logged: dict[str, Tensor] = {}
         if not warming:
-            for _ in range(settings.critic_turns):
+            first = progress.critic_turn == 0
+            count = settings.critic_turns + first * settings.critic_warmup_turns
+            for _ in range(count):
                 logged |= self._critic_step()
         logged |= self._student_step(warming)
         progress.turn += 1

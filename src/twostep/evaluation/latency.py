@@ -1,0 +1,93 @@
+"""Warm times of a model, from prompt to pixels, and where they go."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twostep.backbones.zimage import PromptBatch
+from twostep.flow import sigma_schedule
+from twostep.rollout import VelocityField, euler, two_step
+from twostep.sampler import Sampler, bind, transition_noise
+
+_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds per image of one batch, the best of a few runs; text is encoded anew in each.
+
+    Attributes:
+        total: from prompt to pixels.
+        text, steps, decode: its parts, `steps` one by one.
+        peak_memory_bytes: of the CUDA device, weights included; None on CPU.
+    """
+
+    total: float
+    text: float
+    steps: list[float]
+    decode: float
+    peak_memory_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_latency(
+    sampler: Sampler, prompts: list[str], noise: Tensor, steps: int | None = None
+) -> Latency:
+    """Times `sampler` on one batch of prompts and noise (B, C, H, W).
+
+    Args:
+        steps: for a teacher; None for a student.
+    """
+    device = sampler.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    runs = [_one_run(sampler, prompts, noise, steps) for _ in range(_RUNS + 1)][1:]
+    best = min(runs, key=lambda marks: marks[-1] - marks[0])
+    parts = [(b - a) / len(prompts) for a, b in pairwise(best)]
+    text, *per_step, decode = parts
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Latency(sum(parts), text, per_step, decode, memory)
+
+
+def _one_run(sampler: Sampler, prompts: list[str], noise: Tensor, steps: int | None) -> list[float]:
+    """Clock readings: before, after the text, after each step, after decoding."""
+    marks: list[float] = []
+
+    def mark() -> None:
+        if sampler.device.type == "cuda":
+            torch.cuda.synchronize(sampler.device)
+        marks.append(time.perf_counter())
+
+    def marked(field: VelocityField) -> VelocityField:
+        def run(latents: Tensor, sigma: Tensor) -> Tensor:
+            velocity = field(latents, sigma)
+            mark()
+            return velocity
+
+        return run
+
+    sampler.encoder.forget()
+    mark()
+    batch = PromptBatch.collate(sampler.encoder.encode(prompts), sampler.device)
+    noise = noise.to(sampler.device)
+    mark()
+    first = marked(bind(sampler.field, batch))
+    if sampler.schedule is None:
+        latents = euler(first, noise, sigma_schedule(steps or 8, sampler.shift))
+    else:
+        assert sampler.second is not None
+        fresh = transition_noise(noise) if sampler.schedule.transition == "renoise" else None
+        second = marked(bind(sampler.second, batch))
+        latents = two_step(first, second, noise, sampler.schedule, transition_noise=fresh).clean2
+    sampler.decoder.decode(latents)
+    mark()
+    return marks
