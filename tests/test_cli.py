@@ -21,7 +21,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.parametrize("command", ["teach", "distill", "generate", "evaluate", "demo"])
+@pytest.mark.parametrize(
+    "command", ["teach", "distill", "generate", "evaluate", "export", "assemble", "demo"]
+)
 def test_help_has_an_example(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0

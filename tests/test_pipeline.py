@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, ZImagePipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import random_transformer
 from twostep.backbones.model import ModelError
@@ -58,6 +63,65 @@ def test_saved_again_it_is_the_same(pipe: TwoStepPipeline, tmp_path: Path) -> No
     assert read_two_step(tmp_path / "again") == TwoStep(0.75)
 
 
+def test_plain_pipeline_refuses_a_student_instead_of_dropping_its_second_step(
+    student: Path,
+) -> None:
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        ZImagePipeline.from_pretrained(student)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(student)
+
+
+def test_ours_never_runs_the_folders_own_code(student: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hostile"
+    shutil.copytree(student, folder)
+    (folder / "pipeline.py").write_text("raise SystemExit('ran')\n")
+    assert call(TwoStepPipeline.from_pretrained(folder)).images.shape == (1, 8, 8, 8)
+
+
+def test_ours_refuses_a_teacher(tiny_folder: Path) -> None:
+    with pytest.raises(ModelError, match="no two-step student"):
+        TwoStepPipeline.from_pretrained(tiny_folder)
+
+
+@pytest.mark.parametrize("transition", ["euler", "renoise"])
+def test_folder_runs_without_this_package(
+    tiny_folder: Path, tmp_path: Path, transition: str
+) -> None:
+    """In a process that cannot import twostep: its images equal ours."""
+    folder, out = tmp_path / "student", tmp_path / "out.safetensors"
+    schedule = TwoStep(0.6, transition)
+    save_student(tiny_folder, random_transformer(1), random_transformer(2), schedule, folder)
+    TwoStepPipeline.from_pretrained(folder).save_pretrained(folder)  # our own saving keeps it so
+    code = f"""
+import sys
+sys.modules["twostep"] = None
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+pipe = DiffusionPipeline.from_pretrained({str(folder)!r}, trust_remote_code=True)
+noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+steps = []
+arguments = dict(height=32, width=32, latents=noise, output_type="latent")
+images = pipe(["a dog", "two cats"], **arguments,
+              callback_on_step_end=lambda p, i, t, k: steps.append(i) or {{}}).images
+assert steps == [0, 1]
+again = pipe(["a dog", "two cats"], **arguments).images
+assert torch.equal(images, again)
+try:
+    pipe("a dog", num_inference_steps=8)
+except ValueError as error:
+    assert "num_inference_steps is fixed" in str(error)
+save_file({{"images": images}}, {str(out)!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+    noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
+    ours = call(TwoStepPipeline.from_pretrained(folder), ["a dog", "two cats"], latents=noise)
+    # diffusers computes 1 - sigma by way of 1000 steps; a random network magnifies the rounding.
+    torch.testing.assert_close(load_file(out)["images"], ours.images, atol=2e-3, rtol=1e-3)
+
+
 def test_a_batch_is_its_members_alone(pipe: TwoStepPipeline) -> None:
     prompts = ["a dog", "a strawberry to the left of a bus on a purple background"]
     noise = seeded_noise([1, 2], (8, 8, 8))
@@ -98,6 +162,9 @@ def test_images_previews_and_callback(pipe: TwoStepPipeline) -> None:
         ({"prompt": []}, "non-empty"),
         ({"prompt": None}, "exactly one of prompt and prompt_embeds"),
         ({"num_images_per_prompt": 0}, "at least 1"),
+        ({"num_inference_steps": 8}, "takes num_inference_steps=2"),
+        ({"guidance_scale": 5.0}, "guidance_scale=0, got 2 and 5.0"),
+        ({"height": 4096, "width": 4096}, "at most 4194304 pixels"),
         ({"latents": torch.zeros(1, 8, 4, 4)}, "latents must have shape"),
         ({"latents": torch.full((1, 8, 8, 8), float("nan"))}, "finite"),
         ({"prompt": None, "prompt_embeds": [torch.zeros(3, 7)]}, r"\(tokens, 32\), got \(3, 7\)"),

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ZImagePipeline
 from safetensors.torch import load_file
 
 from twostep.config import Recipe, RecipeError
@@ -233,6 +232,7 @@ def test_run_leaves_a_student_metrics_pictures_and_its_recipe(make_recipe: Make)
     ]
     assert sorted(p.name for p in student.iterdir()) == [
         "model_index.json",
+        "pipeline.py",
         "scheduler",
         "text_encoder",
         "tokenizer",
@@ -420,8 +420,24 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     batch = trainer._batch(0, 0)
     assert not torch.equal(batch.reals, batch.latents)
     assert torch.equal(trainer_of(make_recipe("teacher"))._batch(0, 0).reals, batch.latents)
+    assert batch.real_prompts is batch.prompts  # no captions: judged under the student's prompts
     with pytest.raises(RecipeError, match="no images"):
         trainer_of(make_recipe("none", data={"reals": str(tmp_path / "runs")}))
+
+    captions = ["a dog", "two cats on a red background", "一只狗"]
+    lines = [json.dumps({"file_name": f"{i}.png", "text": t}) for i, t in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    captioned = trainer_of(make_recipe("captioned", data={"reals": str(folder)}))
+    batch = captioned._batch(3, 0)
+    assert captioned.reals is not None
+    latents, embeds = captioned.reals.draw(3, 4)
+    assert torch.equal(batch.reals, latents)
+    assert embeds is not None
+    assert batch.real_prompts.lengths.tolist() == [len(e) for e in embeds]
+    captioned._critic_step()
+    (folder / "metadata.jsonl").write_text(lines[0])
+    with pytest.raises(RecipeError, match=r"metadata.jsonl has no caption for '1\.png'"):
+        trainer_of(make_recipe("partly", data={"reals": str(folder)}))
 
 
 def test_ema_is_a_mean_at_first_and_fp32_always() -> None:
@@ -449,10 +465,3 @@ def test_alarms_ring_once_and_again_after_recovery(tmp_path: Path) -> None:
         if rung:
             break
     assert "the critic wins" in rung[0]
-
-
-def test_student_opened_as_the_teachers_pipeline_is_only_its_first_step(make_recipe: Make) -> None:
-    """Documents a trap: diffusers drops what a pipeline class does not know."""
-    student = trainer_of(make_recipe()).train()
-    pipe = ZImagePipeline.from_pretrained(student)
-    assert not hasattr(pipe, "transformer_2")

@@ -48,6 +48,24 @@ def test_velocity_equals_diffusers(lengths: list[int], height: int, width: int) 
 
 
 @torch.no_grad()
+def test_batches_one_after_another_are_the_batches_alone() -> None:
+    field = ZImageVelocity(random_transformer())
+    latents, sigma, embeds = inputs([7, 9, 40], 8, 8)
+    short, long = PromptBatch.collate(embeds[:2]), PromptBatch.collate(embeds[2:])
+    joined = PromptBatch.cat([short, long])
+    assert not joined.one_bucket
+    assert PromptBatch.cat([short, short]).one_bucket
+    # The mask chooses another attention kernel, whose rounding random weights amplify.
+    together = field(latents, sigma, joined).velocity
+    torch.testing.assert_close(
+        together[:2], field(latents[:2], sigma[:2], short).velocity, atol=2e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        together[2:], field(latents[2:], sigma[2:], long).velocity, atol=2e-4, rtol=0
+    )
+
+
+@torch.no_grad()
 def test_hidden_states_are_the_image_tokens_of_the_layers_asked_for() -> None:
     transformer = random_transformer()
     seen = {}

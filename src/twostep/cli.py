@@ -143,6 +143,46 @@ def evaluate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Option(help="a two-step student: a folder, zoo:NAME or a hub id")],
+    to: Annotated[str, typer.Option(help="diffusers, lora or comfyui")],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or not there")],
+    teacher: Annotated[
+        str | None, typer.Option(help="for lora: the model the files belong to")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="for lora")] = 64,
+) -> None:
+    """Write a student in a format that others read.
+
+    Example: twostep export --model runs/x/student --to comfyui --out exported
+    """
+    from twostep.exports.export import export as run
+
+    _quiet()
+    for line in run(model, to, out, teacher, rank):
+        _out.print(line, highlight=False)
+    _out.print(f"written: {out}", highlight=False)
+
+
+@app.command()
+def assemble(
+    teacher: Annotated[str, typer.Option(help="gives everything but the transformers")],
+    first: Annotated[str, typer.Option(help="a transformer's folder, or a LoRA file")],
+    second: Annotated[str, typer.Option(help="the same, for the second step")],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or not there")],
+) -> None:
+    """Make a student folder of two transformers or LoRA files that came from elsewhere.
+
+    Example: twostep assemble --teacher path/to/teacher --first a.safetensors --second b.safetensors --out student
+    """  # noqa: E501
+    from twostep.exports.export import assemble as run
+
+    _quiet()
+    run(teacher, first, second, out)
+    _out.print(f"written: {out}", highlight=False)
+
+
+@app.command()
 def demo(
     minutes: Annotated[
         float, typer.Option(min=0.1, help="time for all of it: cache, distilling, evaluation")

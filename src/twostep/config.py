@@ -58,7 +58,9 @@ class Data(_Section):
     cache: Path = Path("runs/cache")
     shard_size: Count = 256
     reals: str = Field(
-        "teacher", description="teacher, or a folder of images for the critic's reals"
+        "teacher",
+        description="teacher, or a folder of images for the critic's reals; captions from its "
+        "metadata.jsonl (file_name, text)",
     )
 
 

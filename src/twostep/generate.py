@@ -9,12 +9,11 @@ from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
 
+from twostep.backbones.model import MAX_PIXELS
 from twostep.errors import UserError
 from twostep.pictures import to_pil
 from twostep.rollout import seeded_noise
 from twostep.sampler import Sampler
-
-MAX_PIXELS = 2048 * 2048
 
 
 class InputError(UserError, ValueError):

@@ -16,10 +16,15 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from twostep.backbones.model import PromptEncoder, latent_shape, read_index
+from twostep.backbones.model import ModelError, PromptEncoder, latent_shape, read_index, resolve
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.rollout import TwoStep, two_step
 from twostep.sampler import bind, transition_noise
+
+# What the folder's model_index.json names: the class in its own pipeline.py. Opened as a plain
+# ZImagePipeline, diffusers then refuses to load it instead of dropping the second transformer.
+CLASS_NAME = ["pipeline", "TwoStepPipeline"]
+STANDALONE = Path(__file__).with_name("standalone_pipeline.py")
 
 StepCallback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -56,6 +61,41 @@ class TwoStepPipeline(ZImagePipeline):
         self.register_modules(transformer_2=transformer_2)
         self.register_to_config(step2_sigma=step2_sigma, transition=transition)
         self.encoder = PromptEncoder(tokenizer, text_encoder, cache_size=256)
+        self._fields: dict[str, ZImageVelocity] = {}
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> TwoStepPipeline:
+        """Opens a student folder, `zoo:NAME` or a hub id; keywords as in diffusers.
+
+        The folder's `pipeline.py` is for those without this package and is not run.
+
+        Raises:
+            ModelError: if there is no such folder, or it is no two-step student.
+        """
+        folder = resolve(os.fspath(model))
+        if "transformer_2" not in read_index(folder):
+            raise ModelError(f"{folder} has no transformer_2: it is no two-step student")
+        pipe: TwoStepPipeline = super().from_pretrained(folder, **kwargs)
+        return pipe
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """diffusers', with this class in place of the folder's own file."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config["_class_name"] = cls.__name__
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """diffusers', with the `pipeline.py` that opens the folder without this package."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(STANDALONE, Path(save_directory) / "pipeline.py")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        """`model_index.json`, whose class is the one in the folder's `pipeline.py`."""
+        config = json.loads(super().to_json_string())
+        return json.dumps({**config, "_class_name": CLASS_NAME}, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(
@@ -70,6 +110,8 @@ class TwoStepPipeline(ZImagePipeline):
         output_type: str = "pil",
         return_preview: bool = False,
         callback_on_step_end: StepCallback | None = None,
+        num_inference_steps: int = 2,
+        guidance_scale: float = 0.0,
     ) -> TwoStepOutput:
         """Generates images.
 
@@ -80,10 +122,16 @@ class TwoStepPipeline(ZImagePipeline):
             output_type: "pil", "np", "pt" or "latent".
             return_preview: also return the image that step 1 points to.
             callback_on_step_end: called as in diffusers, with `latents` after each step.
+            num_inference_steps, guidance_scale: 2 and 0, for callers that always pass them.
 
         Raises:
             ValueError: naming the argument, before any network runs.
         """
+        if num_inference_steps != 2 or guidance_scale:
+            raise ValueError(
+                "a two-step student takes num_inference_steps=2 and guidance_scale=0, "
+                f"got {num_inference_steps} and {guidance_scale}"
+            )
         count = self._count(prompt, prompt_embeds)
         if num_images_per_prompt < 1:
             raise ValueError(
@@ -111,13 +159,12 @@ class TwoStepPipeline(ZImagePipeline):
         schedule = TwoStep(self.config.step2_sigma, self.config.transition)
         fresh = transition_noise(noise) if schedule.transition == "renoise" else None
 
-        def first(x: Tensor, sigma: Tensor) -> Tensor:
-            return bind(ZImageVelocity(self.transformer), prompts)(x, sigma)
+        first = bind(self._field("transformer"), prompts)
 
         def second(x: Tensor, sigma: Tensor) -> Tensor:
             if callback_on_step_end is not None:
                 x = callback_on_step_end(self, 0, 1.0, {"latents": x}).get("latents", x)
-            return bind(ZImageVelocity(self.transformer_2), prompts)(x, sigma)
+            return bind(self._field("transformer_2"), prompts)(x, sigma)
 
         rollout = two_step(first, second, noise, schedule, transition_noise=fresh)
         result = rollout.clean2
@@ -128,6 +175,13 @@ class TwoStepPipeline(ZImagePipeline):
         previews = self._finish(rollout.clean1, output_type) if return_preview else None
         self.maybe_free_model_hooks()
         return TwoStepOutput(images=images, previews=previews)
+
+    def _field(self, name: str) -> ZImageVelocity:
+        """The named transformer as a velocity field; its rope tables are computed once."""
+        transformer, field = getattr(self, name), self._fields.get(name)
+        if field is None or field.transformer is not transformer:
+            field = self._fields[name] = ZImageVelocity(transformer)
+        return field
 
     def _count(self, prompt: str | list[str] | None, prompt_embeds: list[Tensor] | None) -> int:
         """How many prompts there are; ValueError for none, empty ones, or wrong embeddings."""
@@ -178,7 +232,8 @@ def save_student(
     for name, transformer in (("transformer", first), ("transformer_2", second)):
         _save_transformer(transformer, temporary / name, dtype)
     index = read_index(teacher)
-    index["_class_name"] = "TwoStepPipeline"
+    shutil.copyfile(STANDALONE, temporary / "pipeline.py")
+    index["_class_name"] = CLASS_NAME
     index["transformer_2"] = index["transformer"]
     index["step2_sigma"] = schedule.step2_sigma
     index["transition"] = schedule.transition

@@ -18,6 +18,7 @@ from twostep.backbones.zimage import ZImageVelocity
 from twostep.errors import UserError
 
 ZOO = Path(__file__).parent.parent / "zoo"
+MAX_PIXELS = 2048 * 2048
 _COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 # Pickled weights are never fetched, let alone opened.
 _HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
@@ -204,9 +205,12 @@ def latent_shape(channels: int, scale: int, height: int, width: int) -> tuple[in
     """(C, H, W) of the latents of a `height` x `width` image.
 
     Raises:
-        ValueError: if a side is not a positive multiple of twice the VAE's scale.
+        ValueError: if a side is not a positive multiple of twice the VAE's scale, or the image has
+            more than `MAX_PIXELS`.
     """
     multiple = 2 * scale
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"at most {MAX_PIXELS} pixels, {width}x{height} has {height * width}")
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:
             raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")

@@ -64,11 +64,15 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.embeds)
 
-    def repeat(self, times: int) -> PromptBatch:
-        """The batch after itself, `times` times."""
-        return PromptBatch(
-            self.embeds.repeat(times, 1, 1), self.lengths.repeat(times), self.one_bucket
-        )
+    @staticmethod
+    def cat(batches: Sequence[PromptBatch]) -> PromptBatch:
+        """The batches one after another, padded to the longest."""
+        longest = max(b.embeds.shape[1] for b in batches)
+        embeds = [
+            nn.functional.pad(b.embeds, (0, 0, 0, longest - b.embeds.shape[1])) for b in batches
+        ]
+        one_bucket = all(b.one_bucket and b.embeds.shape[1] == longest for b in batches)
+        return PromptBatch(torch.cat(embeds), torch.cat([b.lengths for b in batches]), one_bucket)
 
     def expand(self, count: int) -> PromptBatch:
         """A batch of one prompt repeated `count` times.

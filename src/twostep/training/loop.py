@@ -80,7 +80,7 @@ class Trainer:
         self.reals = None
         if recipe.data.reals != "teacher":
             size = (recipe.data.height, recipe.data.width)
-            self.reals = ExternalReals(Path(recipe.data.reals), self.decoder, size)
+            self.reals = ExternalReals(Path(recipe.data.reals), self.plan.teacher, size)
         wants_trajectory = recipe.losses.warmup_step1_target == "trajectory"
         if wants_trajectory and self.cache.read([0]).trajectory is None:
             raise RecipeError(
@@ -259,14 +259,21 @@ class Trainer:
         size = self.recipe.training.batch_size
         samples = self.cache.read(self.cache.batch_ids(number, size, seed))
         latents = samples.latents.to(self.device)
-        reals = latents if self.reals is None else self.reals.draw(number, size).to(self.device)
+        prompts = PromptBatch.collate(samples.embeds, self.device)
+        reals, real_prompts = latents, prompts
+        if self.reals is not None:
+            reals, embeds = self.reals.draw(number, size)
+            reals = reals.to(self.device)
+            if embeds is not None:
+                real_prompts = PromptBatch.collate(embeds, self.device)
         trajectory = samples.trajectory
         return Batch(
             noise=samples.noise.to(self.device),
             latents=latents,
             trajectory=None if trajectory is None else trajectory.to(self.device),
             reals=reals,
-            prompts=PromptBatch.collate(samples.embeds, self.device),
+            real_prompts=real_prompts,
+            prompts=prompts,
             empty=self.empty.expand(size),
         )
 

@@ -25,7 +25,7 @@ class Batch:
         noise: the cached samples' initial noise.
         latents: the teacher's results from that noise.
         trajectory: the teacher's latents at the student's second noise level, if cached.
-        reals: the critic's real samples.
+        reals, real_prompts: the critic's real samples and their captions.
         prompts, empty: the captions, and the empty prompt B times.
     """
 
@@ -33,6 +33,7 @@ class Batch:
     latents: Tensor
     trajectory: Tensor | None
     reals: Tensor
+    real_prompts: PromptBatch
     prompts: PromptBatch
     empty: PromptBatch
 
@@ -201,16 +202,18 @@ class CriticTurn:
         noise = draws.normal_like(clean)
         # Reals and fakes in one forward, re-noised alike.
         parts = [add_noise(batch.reals, noise, tau), add_noise(clean, noise, tau)]
+        prompts = [batch.real_prompts, batch.prompts]
         if settings.r1:
             moved = batch.reals + settings.r1_noise * draws.normal_like(clean)
             parts.append(add_noise(moved, noise, tau))
+            prompts.append(batch.real_prompts)
         copies = len(parts)
         logits = critic_logits(
             self.recipe,
             self.roles,
             torch.cat(parts),
             tau.repeat(copies),
-            batch.prompts.repeat(copies),
+            PromptBatch.cat(prompts),
         )
         real, fake, *perturbed = logits.chunk(copies)
         loss = losses.critic_adversarial(real, fake)

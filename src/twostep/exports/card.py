@@ -1,0 +1,121 @@
+"""Model cards: how to run an export, what it was made of, how close it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from twostep.evaluation.report import verdict
+from twostep.rollout import TwoStep
+
+_HEAD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [two-step, distillation, z-image]
+---
+
+# {name}
+"""
+
+_STUDENT = """
+A two-step text-to-image student: `transformer` runs at sigma 1, `transformer_2` at sigma
+{sigma:.4g} ({transition} transition), without guidance.
+
+With diffusers alone (the folder carries its own `pipeline.py`; read it before you trust it):
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+image = pipe("a red fox in the snow", height=1024, width=1024).images[0]
+```
+
+With the package `twostep`, which is faster and runs no code of the folder:
+
+```python
+from twostep.pipeline import TwoStepPipeline
+
+pipe = TwoStepPipeline.from_pretrained("{name}")
+```
+"""
+
+_LORA = """
+Two LoRA files (rank {rank}, alpha {rank}) that turn `{teacher}` into a two-step model: `first` for
+sigma 1, `second` for sigma {sigma:.4g}. No package but diffusers and peft is needed:
+
+```python
+from diffusers import ZImagePipeline
+
+pipe = ZImagePipeline.from_pretrained("{teacher}")
+for step in ("first", "second"):
+    pipe.load_lora_weights("{name}", weight_name=f"{{step}}.safetensors", adapter_name=step)
+
+
+def next_step(pipe, step, time, tensors):
+    pipe.set_adapters("second")
+    return tensors
+
+
+pipe.set_adapters("first")
+image = pipe(
+    "a red fox in the snow", height=1024, width=1024, num_inference_steps=2, guidance_scale=0.0,
+    sigmas=[1.0, {before_shift:.6g}], callback_on_step_end=next_step,
+).images[0]
+```
+
+{lines}
+"""
+
+_LICENCE = """
+## Licence
+
+The weights derive from the teacher's and from images it made: the teacher's licence applies. The
+code in this folder, if any, is Apache-2.0.
+"""
+
+
+def student_card(name: str, schedule: TwoStep, facts: Mapping[str, Any]) -> str:
+    """For a diffusers folder."""
+    text = _STUDENT.format(name=name, sigma=schedule.step2_sigma, transition=schedule.transition)
+    return _HEAD.format(name=name) + text + _origin(facts) + _LICENCE
+
+
+def lora_card(
+    name: str,
+    teacher: str,
+    schedule: TwoStep,
+    shift: float,
+    rank: int,
+    facts: Mapping[str, Any],
+    lines: Sequence[str],
+) -> str:
+    """For a pair of LoRA files.
+
+    Args:
+        shift: the teacher's time shift; diffusers takes noise levels before it.
+        lines: what the truncation lost.
+    """
+    sigma = schedule.step2_sigma
+    text = _LORA.format(
+        name=name,
+        teacher=teacher,
+        sigma=sigma,
+        before_shift=sigma / (shift - (shift - 1) * sigma),
+        rank=rank,
+        lines="\n".join(f"- {line}" for line in lines),
+    )
+    return _HEAD.format(name=name) + text + _origin(facts) + _LICENCE
+
+
+def _origin(facts: Mapping[str, Any]) -> str:
+    text = ""
+    if "figures" in facts:
+        figures = facts["figures"]
+        text += f"\n## How close it comes\n\n{verdict(figures)}\n\n"
+        text += (
+            f"{figures.get('images')} images of {figures.get('prompts')} prompts, features "
+            f"{figures.get('extractor')}, {figures.get('date')}, commit {figures.get('commit')}.\n"
+        )
+    if "recipe" in facts:
+        text += f"\n## Recipe\n\n```yaml\n{facts['recipe']}```\n"
+    return text

@@ -1,0 +1,137 @@
+"""`twostep export`: a student in the formats that others read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import ZImageTransformer2DModel
+
+from twostep.backbones.model import ModelError, read_shift, resolve
+from twostep.exports.card import lora_card, student_card
+from twostep.exports.comfyui import export_comfyui
+from twostep.exports.lora import low_rank_difference, save_lora
+from twostep.files import write_atomically
+from twostep.flow import sigma_schedule
+from twostep.pipeline import save_student
+from twostep.rollout import TwoStep
+from twostep.sampler import read_two_step
+
+FORMATS = ("diffusers", "lora", "comfyui")
+
+
+class ExportError(ModelError):
+    """An export that cannot be made."""
+
+
+def export(
+    student: str, target: str, out: Path, teacher: str | None = None, rank: int = 64
+) -> list[str]:
+    """Writes `student` to the folder `out`.
+
+    Args:
+        target: one of `FORMATS`.
+        teacher: for `lora`, the model that the LoRA files belong to.
+        rank: for `lora`.
+
+    Returns:
+        What the user should know, a line each.
+
+    Raises:
+        ModelError: for what cannot be exported, before anything is written.
+    """
+    if target not in FORMATS:
+        raise ExportError(f"to: {target!r} is unknown; allowed: {', '.join(FORMATS)}")
+    folder = resolve(student)
+    schedule = read_two_step(folder)
+    if schedule is None:
+        raise ExportError(f"{folder} is no two-step student: it has no transformer_2")
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"out: {out} is not empty")
+    first, second = _load(folder, "transformer"), _load(folder, "transformer_2")
+    if target == "comfyui":
+        states = (first.state_dict(), second.state_dict())
+        return export_comfyui(folder, states, len(first.layers), out)
+    facts = _facts(folder)
+    if target == "diffusers":
+        save_student(folder, first, second, schedule, out, first.dtype)
+        _write(out / "README.md", student_card(out.name, schedule, facts))
+        return []
+    if teacher is None:
+        raise ExportError("teacher: LoRA files belong to a model; name it")
+    if schedule.transition != "euler":
+        raise ExportError("to: LoRA files have no code of their own; only euler transitions work")
+    base = _load(resolve(teacher), "transformer")
+    lines = []
+    for name, model in (("first", first), ("second", second)):
+        try:
+            found = low_rank_difference(base, model, rank)
+        except ValueError as error:
+            raise ExportError(str(error)) from error
+        path = save_lora(found, rank, out, f"{name}.safetensors")
+        lines.append(
+            f"{path.name}: rank {rank} keeps {100 * found.energy:.1f}% of the linear layers' "
+            f"change; {100 * found.rest:.2f}% as much lies in other parameters and is lost"
+        )
+    shift = read_shift(folder)
+    _write(out / "README.md", lora_card(out.name, teacher, schedule, shift, rank, facts, lines))
+    return lines
+
+
+def _load(folder: Path, part: str) -> Any:
+    return ZImageTransformer2DModel.from_pretrained(folder, subfolder=part, use_safetensors=True)
+
+
+def _facts(folder: Path) -> Mapping[str, Any]:
+    """What a run folder around the student tells about it: recipe and figures, if there."""
+    facts: dict[str, Any] = {}
+    recipe = folder.parent / "recipe.yaml"
+    if recipe.is_file():
+        facts["recipe"] = recipe.read_text(encoding="utf-8")
+    for path in (folder.parent / "check" / "metrics.json", folder.parent / "report.json"):
+        if path.is_file():
+            facts["figures"] = json.loads(path.read_text(encoding="utf-8"))
+            break
+    return facts
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def assemble(teacher: str, first: str, second: str, out: Path) -> None:
+    """Makes a student of two transformers that came from elsewhere.
+
+    Args:
+        teacher: gives everything but the transformers, and the schedule: two steps of its own.
+        first, second: diffusers folders of a `ZImageTransformer2DModel` or of a whole pipeline,
+            or LoRA files (.safetensors) on the teacher.
+
+    Raises:
+        ModelError: for a part that is not there or does not fit.
+    """
+    folder = resolve(teacher)
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"out: {out} is not empty")
+    parts = [_part(folder, name) for name in (first, second)]
+    if parts[0].config.dim != parts[1].config.dim:
+        raise ExportError(f"{first} and {second} have different widths")
+    schedule = TwoStep(sigma_schedule(2, read_shift(folder))[1])
+    shutil.rmtree(out, ignore_errors=True)
+    save_student(folder, parts[0], parts[1], schedule, out, parts[0].dtype)
+
+
+def _part(teacher: Path, name: str) -> Any:
+    path = Path(name)
+    if path.suffix == ".safetensors" and path.is_file():
+        model = _load(teacher, "transformer")
+        model.load_lora_adapter(str(path), prefix="transformer", adapter_name="step")
+        model.fuse_lora()
+        model.unload_lora()
+        return model
+    if (path / "config.json").is_file():
+        return ZImageTransformer2DModel.from_pretrained(path, use_safetensors=True)
+    return _load(resolve(name), "transformer")

@@ -1,0 +1,87 @@
+"""Exports a full-parameter student as two LoRA files on its teacher, by truncated SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A low-rank difference between two transformers.
+
+    Attributes:
+        weights: `MODULE.lora_A.weight` (rank, in) and `MODULE.lora_B.weight` (out, rank).
+        energy: share of the linear layers' squared difference that the rank keeps, 0 to 1.
+        rest: squared difference in all other parameters, over that in the linear layers; LoRA
+            files cannot carry it.
+    """
+
+    weights: dict[str, Tensor]
+    energy: float
+    rest: float
+
+
+@torch.no_grad()
+def low_rank_difference(teacher: nn.Module, student: nn.Module, rank: int) -> LowRank:
+    """`student` less `teacher`, each linear layer's weight by its `rank` largest directions.
+
+    Every layer gets the same rank (zeros where it has fewer), so that alpha == rank holds for all:
+    several readers of LoRA files ignore alpha.
+
+    Raises:
+        ValueError: if `rank` is below 1 or the two have different layers.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    theirs = dict(student.named_parameters())
+    ours = dict(teacher.named_parameters())
+    if {k: p.shape for k, p in theirs.items()} != {k: p.shape for k, p in ours.items()}:
+        raise ValueError("teacher and student have different parameters: no LoRA joins them")
+    linear = {f"{n}.weight" for n, m in teacher.named_modules() if isinstance(m, nn.Linear)}
+    weights: dict[str, Tensor] = {}
+    kept = total = rest = 0.0
+    for name, parameter in theirs.items():
+        difference = parameter.float() - ours[name].float()
+        if name not in linear:
+            rest += difference.square().sum().item()
+            continue
+        total += difference.square().sum().item()
+        u, s, v = torch.linalg.svd(difference, full_matrices=False)
+        count = min(rank, len(s))
+        root = s[:count].sqrt()
+        down, up = torch.zeros(rank, v.shape[1]), torch.zeros(u.shape[0], rank)
+        down[:count], up[:, :count] = root[:, None] * v[:count], u[:, :count] * root
+        kept += s[:count].square().sum().item()
+        module = name.removesuffix(".weight")
+        weights[f"{module}.lora_A.weight"], weights[f"{module}.lora_B.weight"] = down, up
+    return LowRank(weights, kept / total if total else 1.0, rest / total if total else 0.0)
+
+
+def save_lora(found: LowRank, rank: int, folder: Path, name: str) -> Path:
+    """Writes a file that stock `load_lora_weights` reads, with its configuration as metadata."""
+    modules = sorted(k.removesuffix(".lora_A.weight") for k in found.weights if "lora_A" in k)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules).to_dict()
+    ZImagePipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=found.weights,
+        weight_name=name,
+        transformer_lora_adapter_metadata=_plain(config),
+    )
+    return folder / name
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a PEFT configuration."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.items()
+        if isinstance(value, str | int | float | bool | list | set) or value is None
+    }

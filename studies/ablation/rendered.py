@@ -1,0 +1,37 @@
+"""External images for the critic: rendered scenes with their captions, as imagefolder has them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from twostep.config import Recipe
+from twostep.emoji.render import load_sprites, render
+from twostep.emoji.scenes import training_scenes
+from twostep.files import write_atomically
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "emoji-teacher"))
+
+
+def draw_scenes(folder: Path, recipe: Recipe) -> None:
+    """Writes as many scenes as the recipe has prompts, with those prompts; needs npm once."""
+    from fetch import fetch_art
+
+    if (folder / "metadata.jsonl").exists():
+        return
+    sprites = load_sprites(fetch_art(folder.parent))
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng((11, recipe.data.seed))
+    lines = []
+    scenes = training_scenes(recipe.data.prompt_count, recipe.data.seed)
+    for index, scene in enumerate(scenes):
+        name = f"{index:05d}.png"
+        Image.fromarray(render(scene, sprites, rng).image).save(folder / name)
+        caption = scene.caption("zh" if index % 3 == 2 else "en")
+        lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
+    text = "\n".join(lines) + "\n"
+    write_atomically(folder / "metadata.jsonl", lambda p: p.write_text(text, encoding="utf-8"))
