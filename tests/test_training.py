@@ -180,6 +180,24 @@ def test_fakes_and_critic_get_their_own_warm_up_once(make_recipe: Make) -> None:
     assert taken == [0, 7, 9, 11]
 
 
+def test_rates_fall_over_the_warm_up_and_at_the_end(make_recipe: Make) -> None:
+    training = {
+        "turns": 10, "learning_rate": 1e-4, "warmup_learning_rate": 5e-4,
+        "learning_rate_decay": 0.4,
+    }  # fmt: skip
+    trainer = trainer_of(make_recipe(losses={"warmup_turns": 4}, training=training))
+    seen = []
+    for turn in range(10):
+        trainer.progress.turn = turn
+        trainer._set_rates()
+        seen.append(trainer.state.optimizers["student"].param_groups[0]["lr"] / 1e-4)
+    expected = [5, 4, 3, 2, 1, 1, 1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.5, 0.1 + 0.9 * 0.25]
+    assert seen == pytest.approx(expected)
+    assert trainer.state.optimizers["fake"].param_groups[0]["lr"] == pytest.approx(
+        2e-4 * expected[-1]
+    )
+
+
 def test_fake_follows_the_student(make_recipe: Make) -> None:
     """Flow matching on a frozen student's samples brings the fake's loss down."""
     trainer = trainer_of(make_recipe(fake={"learning_rate": 2e-3}, training={"batch_size": 8}))

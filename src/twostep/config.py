@@ -131,6 +131,11 @@ class Training(_Section):
         "them: until the fakes know the student, their gradient is noise",
     )
     learning_rate: Positive = 1e-4
+    warmup_learning_rate: Positive | None = Field(
+        None,
+        description="the student's rate when its warm-up begins, falling linearly to "
+        "learning_rate at its end; empty: learning_rate throughout",
+    )
     betas: tuple[Fraction, Fraction] = (0.0, 0.99)
     weight_decay: NonNegative = 0.0
     max_gradient_norm: Positive = 1.0

@@ -247,13 +247,20 @@ class Trainer:
         if settings.learning_rate_decay:
             factor = min(1.0, 0.1 + 0.9 * (1 - share) / settings.learning_rate_decay)
         rates = {
-            "student": settings.learning_rate,
+            "student": self._student_rate(),
             "fake": self.recipe.fake.learning_rate,
             "critic": self.recipe.critic.learning_rate,
         }
         for name, optimizer in self.state.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rates[name] * factor
+
+    def _student_rate(self) -> float:
+        """Before the decay at the end of the run."""
+        settings, turns = self.recipe.training, self.recipe.losses.warmup_turns
+        left = max(0.0, 1 - self.progress.turn / turns) if turns else 0.0
+        first = settings.warmup_learning_rate or settings.learning_rate
+        return settings.learning_rate + left * (first - settings.learning_rate)
 
     def _batch(self, number: int, seed: int) -> Batch:
         size = self.recipe.training.batch_size
