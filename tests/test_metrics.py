@@ -112,6 +112,35 @@ def test_kernel_distance_is_unbiased() -> None:
     assert abs(values.mean()) < 4 * values.std() / math.sqrt(len(values))
 
 
+def test_kernel_distances_of_equal_models_on_equal_prompts_are_zero_only_with_groups() -> None:
+    """Two images per prompt; prompts differ far more than the images of one."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(30).repeat(2)
+    for distance in (kernel_distance, gaussian_distance):
+        with_groups, without = [], []
+        for _ in range(60):
+            prompts = torch.randn(30, 3, generator=generator, dtype=torch.float64).repeat(2, 1)
+            draws = 0.3 * torch.randn(2, 60, 3, generator=generator, dtype=torch.float64)
+            a, b = prompts + draws[0], prompts + draws[1]
+            with_groups.append(distance(a, b, groups))
+            without.append(distance(a, b))
+        fair, biased = double(with_groups), double(without)
+        assert abs(fair.mean()) < 4 * fair.std() / math.sqrt(60)
+        assert biased.mean() < -8 * biased.std() / math.sqrt(60)
+    a, b = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    pairs = [(0, 1), (1, 0), (0, 3), (3, 0), (2, 1), (1, 2), (2, 3), (3, 2)]  # groups 0 1 0 1
+
+    def mean(x: Tensor, y: Tensor) -> float:
+        return sum(float(x[i] @ y[j] / 2 + 1) ** 3 for i, j in pairs) / len(pairs)
+
+    expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
+    assert kernel_distance(a, b, torch.tensor([0, 1, 0, 1])) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="one entry per image"):
+        kernel_distance(a, b[:3], torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match="no pair is left"):
+        kernel_distance(a, b, torch.zeros(4, dtype=torch.int64))
+
+
 def test_gaussian_distance_by_hand() -> None:
     a, b = double([0, 2]).reshape(2, 1), double([0, 1, 3]).reshape(3, 1)
     width = 2.0**2  # median of 1, 2, 3

@@ -6,6 +6,7 @@ Every function works in fp64 and knows nothing of where features come from.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,24 +36,27 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + trace).item())
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> float:
+def kernel_distance(a: Tensor, b: Tensor, groups: Tensor | None = None) -> float:
     """Kernel distance of two sets: unbiased squared MMD, kernel (x.y / D + 1)^3 (arXiv 1801.01401).
 
     Args:
         a: (N, D); b: (M, D). Order does not matter.
+        groups: int64 (N,), for sets of equal size whose rows answer the same prompts: pairs of one
+            group are left out of every mean. Otherwise `a` and `b` share more prompts with each
+            other than within themselves, and the distance of equal models is below zero.
 
     Returns:
         0 on average when both sets come from one distribution, so now and then slightly below.
 
     Raises:
-        ValueError: not two finite sets of two or more images with as many features each.
+        ValueError: not two finite sets of two or more images with as many features each, or
+            groups that do not fit.
     """
     a, b = _two_sets(a, b)
-    within = _mean_off_diagonal(_cubic(a, a)) + _mean_off_diagonal(_cubic(b, b))
-    return (within - 2 * _cubic(a, b).mean()).item()
+    return _squared_mmd(a, b, groups, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3)
 
 
-def gaussian_distance(a: Tensor, b: Tensor) -> float:
+def gaussian_distance(a: Tensor, b: Tensor, groups: Tensor | None = None) -> float:
     """Unbiased squared MMD with a Gaussian kernel, times 1000 (as CMMD, arXiv 2401.09603, eq. 4).
 
     The kernel's width is the median distance between members of `b`, so that the figure depends
@@ -61,24 +65,22 @@ def gaussian_distance(a: Tensor, b: Tensor) -> float:
     Args:
         a: (N, D).
         b: (M, D), the reference.
+        groups: as in `kernel_distance`.
 
     Returns:
         0 on average when both sets come from one distribution.
 
     Raises:
-        ValueError: not two finite sets of two or more images with as many features each, or all
-            of `b` is one point.
+        ValueError: as `kernel_distance`, or all of `b` is one point.
     """
     a, b = _two_sets(a, b)
     width = torch.pdist(b).median().square()
     if not width > 0:
         raise ValueError("b is a single point, repeated: its kernel has no width")
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (-_squared_distances(x, y) / (2 * width)).exp()
-
-    within = _mean_off_diagonal(kernel(a, a)) + _mean_off_diagonal(kernel(b, b))
-    return 1000 * (within - 2 * kernel(a, b).mean()).item()
+    kernel = _squared_mmd(
+        a, b, groups, lambda x, y: (-torch.cdist(x, y).square() / (2 * width)).exp()
+    )
+    return 1000 * kernel
 
 
 @dataclass(frozen=True)
@@ -230,10 +232,6 @@ def _two_sets(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b).square()
-
-
 def _radius(features: Tensor, k: int) -> Tensor:
     """Distance of each image to its k-th nearest neighbour in its own set."""
     return torch.cdist(features, features).kthvalue(k + 1, dim=1).values
@@ -260,10 +258,21 @@ def _without_noise(eigenvalues: Tensor) -> Tensor:
     return torch.where(eigenvalues > bound, eigenvalues, 0.0)
 
 
-def _cubic(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-def _mean_off_diagonal(kernel: Tensor) -> Tensor:
-    count = len(kernel)
-    return (kernel.sum() - kernel.trace()) / (count * (count - 1))
+def _squared_mmd(
+    a: Tensor, b: Tensor, groups: Tensor | None, kernel: Callable[[Tensor, Tensor], Tensor]
+) -> float:
+    across = torch.ones(len(a), len(b), dtype=torch.bool, device=a.device)
+    within_a = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+    within_b = ~torch.eye(len(b), dtype=torch.bool, device=a.device)
+    if groups is not None:
+        if groups.shape != (len(a),) or len(a) != len(b):
+            raise ValueError(
+                f"groups must have one entry per image of both sets, got {tuple(groups.shape)} "
+                f"for {len(a)} and {len(b)} images"
+            )
+        groups = groups.to(a.device)
+        across = within_a = within_b = groups[:, None] != groups[None]
+        if not bool(across.any()):
+            raise ValueError("groups: all images are of one group, so that no pair is left")
+    within = kernel(a, a)[within_a].mean() + kernel(b, b)[within_b].mean()
+    return (within - 2 * kernel(a, b)[across].mean()).item()

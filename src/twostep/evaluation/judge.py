@@ -93,8 +93,8 @@ def figures(trial: Trial) -> dict[str, dict[str, float]]:
         features = evidence.features
         values = {
             "frechet_to_teacher": frechet_distance(features, reference),
-            "kernel_to_teacher": kernel_distance(features, reference),
-            "gaussian_to_teacher": gaussian_distance(features, reference),
+            "kernel_to_teacher": kernel_distance(features, reference, trial.groups),
+            "gaussian_to_teacher": gaussian_distance(features, reference, trial.groups),
             "diversity": pairwise_diversity(features, trial.groups) / spread,
             "vendi": vendi_score(features) / variety,
             "paired_distance": paired_distance(features, teacher).mean().item(),

@@ -306,16 +306,16 @@ def _rows(report: dict[str, Any], columns: Sequence[_Column]) -> list[_Row]:
     categories = dict.fromkeys(k for a in accuracies for k in a if k != "overall")
     rows = [
         _Row(
-            "Fréchet distance",
-            [_with_interval(m, "frechet_to_teacher", _number) for m in models],
-            "to the teacher; lower is closer",
-        ),
-        _Row(
             "Gap closed",
             [
                 _percent(closed.get(c.key)) + _around(m, "gap_closed", _percent)
                 for c, m in zip(columns, models, strict=True)
             ],
+        ),
+        _Row(
+            "Fréchet distance",
+            [_with_interval(m, "frechet_to_teacher", _number) for m in models],
+            "to the teacher; lower is closer",
         ),
         *(
             _Row(name, [_with_interval(m, key, _number) for m in models], part=True)
