@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, Qwen3Model
 
 from twostep.emoji.inspector import FEATURES, Inspector, is_right, score
 from twostep.emoji.render import load_sprites, render
-from twostep.emoji.scenes import held_out_scenes
+from twostep.emoji.scenes import CATEGORIES, held_out_scenes
 from twostep.evaluation.prompt_set import PromptSet
 from twostep.metrics import frechet_distance
 from twostep.pictures import image_grid
@@ -86,18 +87,54 @@ def measure(art: Path, teacher: Path, base: Path, inspector: Path, images: int =
     return figures
 
 
-def sheet(teacher: Path, path: Path, columns: int = 12) -> None:
-    """A picture of the teacher's own samples on held-out prompts: 8 steps above 2, equal noise."""
-    sampler = Sampler.load(str(teacher))
-    prompts = PromptSet.load("emoji", 8 * columns)
+def sheet(teacher: Path, inspector: Path, path: Path, columns: int = 12) -> None:
+    """Samples on held-out prompts, nothing picked: a pair of rows for each category.
+
+    The upper row of a pair is 8 steps, the lower one 2 steps from the same noise; a red frame
+    marks what the inspector calls wrong.
+    """
+    sampler, judge = Sampler.load(str(teacher)), Inspector.load(inspector)
+    prompts = PromptSet.load("emoji", 2 * len(CATEGORIES) * columns)
+    scenes = prompts.scenes or []
     everything = prompts.noise(slice(None), sampler.noise_shape(64, 64))
     panels = {}
-    for row in range(3):
-        part = slice(row * columns, (row + 1) * columns)
+    for category in CATEGORIES:
+        rows = [i for i, s in enumerate(scenes) if s.category == category]
+        captions, noise = [prompts.prompts[i] for i in rows], everything[rows]
         for steps in (8, 2):
-            captions, noise = prompts.captions[part], everything[part]
-            panels[f"{steps} steps {row}"] = sampler.generate(captions, noise, steps)
+            images = sampler.generate(captions, noise, steps)
+            for image, i, found in zip(images, rows, judge.detect(images), strict=True):
+                if not is_right(scenes[i], found).all:
+                    _frame(image)
+            panels[f"{category}, {steps} steps"] = images
     image_grid(panels).save(path)
+
+
+def _frame(image: torch.Tensor, width: int = 2) -> None:
+    """Draws a red frame into (3, H, W) in -1..1."""
+    red = torch.tensor([0.9, -0.8, -0.8])[:, None, None]
+    for edge in (image[:, :width], image[:, -width:], image[:, :, :width], image[:, :, -width:]):
+        edge.copy_(red.expand_as(edge))
+
+
+def curves(work: Path, path: Path) -> None:
+    """Draws the records of the base's training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = (work / "base.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
+    minutes = [r["seconds"] / 60 for r in records]
+    for axis, key, name in zip(
+        axes, ("flow", "occupancy"), ("flow-matching loss", "occupancy loss"), strict=True
+    ):
+        axis.plot(minutes, [r.get(key, math.nan) for r in records], color="#2a66a8", linewidth=1.2)
+        axis.set(title=name, xlabel="minutes")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 def write_json(path: Path, value: dict) -> None:

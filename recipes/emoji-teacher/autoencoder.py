@@ -76,7 +76,7 @@ def train_autoencoder(
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if run.steps % 20 == 0:
-            run.message = f"{psnr(decoded.detach(), pixels).mean():.2f} dB"
+            run.values = {"psnr": psnr(decoded.detach(), pixels).mean().item()}
 
     vae.eval()
     held_out = draw_batch(sprites, np.random.default_rng(99), 256).to(device)

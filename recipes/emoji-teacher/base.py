@@ -181,7 +181,7 @@ def train_base(
         if run.steps % 10 == 0:
             now = np.array([flow_loss.item(), occupancy_loss.item()])
             losses = now if losses is None else 0.95 * losses + 0.05 * now
-            run.message = f"flow {losses[0]:.4f} occupancy {losses[1]:.4f}"
+            run.values = {"flow": float(losses[0]), "occupancy": float(losses[1])}
 
     average.copy_to_parameters()
     field.transformer.save_pretrained(work / "base")
@@ -239,7 +239,7 @@ def distil_guidance(work: Path, minutes: float, device: str, compiled: bool) -> 
         average.update()
         now = loss.item()
         smoothed = now if smoothed is None else 0.98 * smoothed + 0.02 * now
-        run.message = f"loss {smoothed:.4f}"
+        run.values = {"loss": smoothed}
 
     average.copy_to_parameters()
     student.transformer.save_pretrained(work / "teacher")

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
-from assemble import assemble, measure, sheet, write_json
+from assemble import assemble, curves, measure, sheet, write_json
 from autoencoder import train_autoencoder
 from base import distil_guidance, train_base
 from dataset import encode_scenes
@@ -81,7 +81,8 @@ def main(
     shutil.copytree(work / "inspector", inspector, dirs_exist_ok=True)
     figures = measure(art, teacher, base, inspector, images)
     write_json(out / "emoji-teacher.json", figures)
-    sheet(teacher, out / "emoji-teacher.png")
+    sheet(teacher, inspector, out / "emoji-teacher.png")
+    curves(work, out / "emoji-teacher-curves.png")
     for name, model in figures["models"].items():
         overall = model["accuracy"]["overall"]
         print(f"{name}: accuracy {overall:.3f}, Frechet {model['frechet_to_rendered']:.2f}")

@@ -18,7 +18,7 @@ from twostep.emoji.scenes import CATEGORIES, RELATIONS, Category, Scene, sample_
 
 SHARD = 2000
 # How often training shows a category; binding two objects takes longest to learn.
-CATEGORY_WEIGHTS: dict[Category, float] = {"single": 1, "two": 1.5, "counting": 1.5, "position": 2}
+CATEGORY_WEIGHTS: dict[Category, float] = {"single": 1, "two": 2, "counting": 2, "position": 1.5}
 
 
 def encode_scenes(art: Path, work: Path, count: int, device: str) -> None:

@@ -59,7 +59,7 @@ def train_inspector(art: Path, work: Path, minutes: float, device: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.message = f"loss {loss.item():.4f}"
+        run.values = {"loss": loss.item()}
 
     model.eval()
     model.save(work / "inspector")

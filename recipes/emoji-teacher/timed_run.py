@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -21,12 +22,15 @@ class TimedRun:
         checkpoint: file of the stage's state; a run that finds it goes on where it stopped.
         minutes: training time, summed over all the sittings.
         state: objects with `state_dict` and `load_state_dict`, by name.
+
+    Attributes:
+        values: what to show; a record of them goes to `CHECKPOINT.jsonl` every 20 seconds.
     """
 
     def __init__(self, checkpoint: Path, minutes: float, state: dict[str, Any]) -> None:
         self.checkpoint, self.state, self.steps, self.spent = checkpoint, state, 0, 0.0
         self.budget = 60.0 * minutes
-        self.message = ""
+        self.values: dict[str, float] = {}
         if checkpoint.exists():
             saved = torch.load(checkpoint, weights_only=True)
             self.steps, self.spent = saved["steps"], saved["spent"]
@@ -40,6 +44,11 @@ class TimedRun:
         torch.save(parts | {"steps": self.steps, "spent": self.spent}, temporary)
         os.replace(temporary, self.checkpoint)
 
+    def _record(self) -> None:
+        entry = {"seconds": round(self.spent, 1), "step": self.steps, **self.values}
+        with self.checkpoint.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
     def __iter__(self) -> Iterator[float]:
         stage = self.checkpoint.stem
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -52,9 +61,12 @@ class TimedRun:
                 # A suspended machine does not spend the budget.
                 self.spent, last = self.spent + min(now - last, 10.0), now
                 self.steps += 1
-                bars.update(bar, completed=self.spent, description=f"{stage} {self.message}")
-                if not bars.console.is_terminal and now - last_print > 20:
-                    print(f"{stage} {self.spent:.0f}s step {self.steps} {self.message}", flush=True)
+                message = " ".join(f"{k} {v:.4f}" for k, v in self.values.items())
+                bars.update(bar, completed=self.spent, description=f"{stage} {message}")
+                if now - last_print > 20:
+                    if not bars.console.is_terminal:
+                        print(f"{stage} {self.spent:.0f}s step {self.steps} {message}", flush=True)
+                    self._record()
                     last_print = now
                 if now - last_save > SAVE_EVERY_SECONDS:
                     self.save()
