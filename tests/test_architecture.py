@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "files", "flow", "metrics", "critic", "pictures", "standalone_pipeline"],
     ["config", "emoji", "losses", "rollout", "provenance"],
     ["backbones", "devices", "processes", "prompts"],
-    ["sampler", "reals"],
+    ["sampler", "reals", "adapters"],
     ["roles", "teacher_cache", "pipeline", "generate"],
     ["teach"],
     ["training", "evaluation"],

@@ -67,9 +67,27 @@ class Data(_Section):
 class Student(_Section):
     """How the two steps are parameterised and joined."""
 
-    parameters: Literal["decoupled", "shared"] = "decoupled"
+    parameters: Literal["decoupled", "shared", "lora"] = Field(
+        "decoupled",
+        description="two full sets, one full set for both steps, or two LoRA sets on the frozen "
+        "teacher, whose weights then serve every role",
+    )
+    rank: Count = Field(64, description="for lora; alpha equals it")
+    target_modules: str = Field(
+        r"(layers|noise_refiner|context_refiner)\.\d+\."
+        r"(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)",
+        description="for lora: a regular expression that whole module names must match",
+    )
+    backbone_dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="for lora: the frozen weights' type"
+    )
     gradient: Literal["end_to_end", "cut"] = "end_to_end"
     transition: Literal["euler", "renoise"] = "euler"
+
+    @property
+    def sharing(self) -> Literal["shared", "decoupled"]:
+        """Whether both steps have the same parameters."""
+        return "shared" if self.parameters == "shared" else "decoupled"
 
 
 class StepLosses(_Section):
@@ -145,6 +163,9 @@ class Training(_Section):
     ema_decay: Fraction = 0.98
     autocast: bool = True
     compile: bool = False
+    checkpoint_activations: bool = Field(
+        False, description="recompute blocks in the backward pass: less memory, a third more time"
+    )
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Count = 10
@@ -186,6 +207,8 @@ class Recipe(_Section):
                 "losses.*.guidance_augmentation needs score.model: guidance makes no sense for a "
                 "guidance-free teacher (Z-Image issue 110)"
             )
+        if self.student.parameters == "lora" and self.training.compile:
+            raise ValueError("training.compile is not available with student.parameters: lora")
         if self.losses.warmup_turns > self.training.turns:
             raise ValueError(
                 f"losses.warmup_turns ({self.losses.warmup_turns}) exceeds "

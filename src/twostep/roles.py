@@ -1,8 +1,7 @@
 """The models of a distillation by role: teacher, score, fakes, first, second, critic.
 
-A role is called like a velocity field and knows which parameters it trains. Here each trainable
-role owns a full set of weights; adapters on one shared backbone will be another kind of `Role`,
-and nothing that uses roles will change.
+A role is called like a velocity field and knows which parameters it trains. It owns a full set of
+weights (`FullRole`) or is an adapter on a backbone that all roles share (`adapters.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from twostep.adapters import AdapterRole, SharedBackbone
 from twostep.backbones.model import load_velocity, resolve
 from twostep.backbones.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.config import Recipe, RecipeError
@@ -23,7 +23,13 @@ from twostep.rollout import VelocityField
 
 
 class Role(Protocol):
-    """A velocity model in one role."""
+    """A velocity model in one role.
+
+    Attributes:
+        model: the network it runs on; its size and dtype, not to be called past the role.
+    """
+
+    model: ZImageVelocity
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
@@ -31,6 +37,14 @@ class Role(Protocol):
 
     def parameters(self) -> list[nn.Parameter]:
         """What this role trains; empty for a frozen role."""
+        ...
+
+    def trained_module(self) -> nn.Module:
+        """What a checkpoint holds of this role."""
+        ...
+
+    def transformer(self) -> nn.Module:
+        """The role's weights as a diffusers transformer."""
         ...
 
 
@@ -48,6 +62,13 @@ class FullRole:
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def trained_module(self) -> nn.Module:
+        return self.model
+
+    def transformer(self) -> nn.Module:
+        transformer: nn.Module = self.model.transformer
+        return transformer
 
 
 def bind_role(role: Role, prompts: PromptBatch) -> VelocityField:
@@ -67,18 +88,18 @@ class Roles:
         critic: heads on the teacher's hidden states.
     """
 
-    teacher: FullRole
-    score: FullRole
-    first: FullRole
-    second: FullRole
-    fakes: tuple[FullRole, ...]
+    teacher: Role
+    score: Role
+    first: Role
+    second: Role
+    fakes: tuple[Role, ...]
     critic: CriticHeads
 
     @property
     def shared(self) -> bool:
         return self.first is self.second
 
-    def fake_of(self, step: int) -> FullRole:
+    def fake_of(self, step: int) -> Role:
         """The fake of step 0 or 1."""
         return self.fakes[min(step, len(self.fakes) - 1)]
 
@@ -92,11 +113,11 @@ class Roles:
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Every trained module by name, as a checkpoint holds them."""
-        modules: dict[str, nn.Module] = {"first": self.first.model}
+        modules: dict[str, nn.Module] = {"first": self.first.trained_module()}
         if not self.shared:
-            modules["second"] = self.second.model
+            modules["second"] = self.second.trained_module()
         for index, fake in enumerate(self.fakes):
-            modules[f"fake{index + 1}"] = fake.model
+            modules[f"fake{index + 1}"] = fake.trained_module()
         modules["critic"] = self.critic
         return modules
 
@@ -120,13 +141,13 @@ def build_roles(recipe: Recipe, device: torch.device) -> Roles:
             f"got {list(layers)}"
         )
 
-    def trainable() -> FullRole:
-        return FullRole(copy.deepcopy(teacher_model).to(device), True, compiled)
-
-    first = trainable()
-    second = trainable() if recipe.student.parameters == "decoupled" else first
-    fakes = tuple(trainable() for _ in range(2 if recipe.fake.models == "per_step" else 1))
-    teacher = FullRole(teacher_model.to(device), False, compiled)
+    names = ["first"] if recipe.student.sharing == "shared" else ["first", "second"]
+    fake_names = ["fake1", "fake2"] if recipe.fake.models == "per_step" else ["fake1"]
+    teacher, trained = (_adapters if recipe.student.parameters == "lora" else _full_sets)(
+        recipe, teacher_model.to(device), [*names, *fake_names]
+    )
+    first, second = trained[names[0]], trained[names[-1]]
+    fakes = tuple(trained[name] for name in fake_names)
     score = teacher
     if recipe.score.model is not None:
         score = FullRole(
@@ -137,6 +158,31 @@ def build_roles(recipe: Recipe, device: torch.device) -> Roles:
         torch.manual_seed(recipe.training.seed)
         critic = CriticHeads(teacher_model.width, len(layers), recipe.critic.width).to(device)
     return Roles(teacher, score, first, second, fakes, critic)
+
+
+def _full_sets(
+    recipe: Recipe, model: ZImageVelocity, names: list[str]
+) -> tuple[Role, dict[str, Role]]:
+    settings = recipe.training
+    trained: dict[str, Role] = {}
+    for name in names:
+        own = copy.deepcopy(model)
+        if settings.checkpoint_activations:
+            own.enable_gradient_checkpointing()
+        trained[name] = FullRole(own, True, settings.compile)
+    return FullRole(model, False, settings.compile), trained
+
+
+def _adapters(
+    recipe: Recipe, model: ZImageVelocity, names: list[str]
+) -> tuple[Role, dict[str, Role]]:
+    student, settings = recipe.student, recipe.training
+    model.to(getattr(torch, student.backbone_dtype))
+    backbone = SharedBackbone(model, names, student.rank, student.target_modules, settings.seed)
+    if settings.checkpoint_activations:
+        backbone.checkpoint_activations()
+    trained: dict[str, Role] = {name: AdapterRole(backbone, name) for name in names}
+    return AdapterRole(backbone), trained
 
 
 def _load_score(folder: Path, teacher: ZImageVelocity, device: torch.device) -> ZImageVelocity:

@@ -42,6 +42,7 @@ from twostep.training.validation import Validation, Validator
 _MAY_CHANGE = {
     "turns", "minutes", "log_every", "sample_every", "sample_prompts", "validate_every",
     "save_every", "keep_checkpoints", "tensorboard", "max_non_finite", "compile", "device",
+    "checkpoint_activations",
 }  # fmt: skip
 
 
@@ -324,8 +325,8 @@ class Trainer:
         with self.state.ema.applied():
             save_student(
                 self.plan.teacher,
-                self.roles.first.model.transformer,
-                self.roles.second.model.transformer,
+                self.roles.first.transformer(),
+                self.roles.second.transformer(),
                 self.schedule,
                 folder,
             )
