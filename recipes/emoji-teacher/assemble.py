@@ -107,7 +107,7 @@ def sheet(teacher: Path, inspector: Path, path: Path, columns: int = 12) -> None
                 if not is_right(scenes[i], found).all:
                     _frame(image)
             panels[f"{category}, {steps} steps"] = images
-    image_grid(panels).save(path)
+    image_grid(panels, scale=1).save(path, optimize=True)
 
 
 def _frame(image: torch.Tensor, width: int = 2) -> None:
@@ -132,7 +132,7 @@ def curves(work: Path, path: Path) -> None:
         axes, ("flow", "occupancy"), ("flow-matching loss", "occupancy loss"), strict=True
     ):
         axis.plot(minutes, [r.get(key, math.nan) for r in records], color="#2a66a8", linewidth=1.2)
-        axis.set(title=name, xlabel="minutes")
+        axis.set(title=name, xlabel="minutes", yscale="log")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
