@@ -30,22 +30,26 @@ def demo_table(report: dict[str, Any]) -> str:
     """One row per model of a demo's `report.json`."""
     slowest = report["models"]["teacher_8"]["seconds_per_image"]
     lines = [
-        "| | Fréchet to teacher | gap closed | accuracy | diversity | time per image |",
-        "|---|---|---|---|---|---|",
+        "| | Fréchet to teacher | gap closed | accuracy | of the preview | diversity | time per image |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key, model in report["models"].items():
-        closed = report["gap_closed"].get(key)
-        share = "–" if closed is None else f"{100 * closed:.0f}%"
+        closed, around = report["gap_closed"].get(key), model["interval"]
+        share = "–" if closed is None else f"{100 * closed:.0f}% ± {100 * around['gap_closed']:.0f}"
         ratio = model["seconds_per_image"] / slowest
+        preview = model.get("preview", {}).get("accuracy", {}).get("overall")
         lines.append(
             f"| {NAMES[key]} | {model['frechet_to_teacher']:.2f} | {share} | "
-            f"{model['accuracy']['overall']:.3f} | {model['diversity']:.2f} | {ratio:.2f} |"
+            f"{model['accuracy']['overall']:.3f} ± {around['accuracy']['overall']:.3f} | "
+            f"{'–' if preview is None else f'{preview:.3f}'} | "
+            f"{model['diversity']:.2f} | {ratio:.2f} |"
         )
     note = (
         f"`{report['command']}`, commit {report['commit']}, {report['machine']}, {report['date']}; "
         f"{report['images']} images of {report['prompts']} held-out prompts, features "
         f"{report['extractor']}. The floor, two disjoint teacher sets, is {report['floor']:.2f}; "
-        "time is relative to the teacher's."
+        f"± is half of a 95% interval, from {report['halves']} random halves of the prompts; time is "
+        "relative to the teacher's."
     )
     return "\n".join([*lines, "", note])
 

@@ -20,7 +20,7 @@ RECIPE = ZOO / "emoji-demo.yaml"
 SHIPPED = "zoo:emoji-student"
 # Generating and judging the evaluation's sets, in units of one cached teacher sample.
 _SAMPLES_PER_EVALUATED_IMAGE = 4.5
-_EVALUATION_OVERHEAD_SECONDS = 30.0
+_EVALUATION_OVERHEAD_SECONDS = 40.0
 # Random halves behind each interval: enough for two digits, done in seconds.
 _HALVES = 40
 

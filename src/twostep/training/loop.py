@@ -146,10 +146,12 @@ class Trainer:
                 values = self._one_turn()
                 progress.seconds += time.monotonic() - started
                 turn, last = progress.turn, self._share_done() >= 1
+                started = time.monotonic()
                 if turn % settings.validate_every == 0 or last:
                     values |= self._validate(
                         validator, draw=last or turn % settings.sample_every == 0
                     )
+                progress.seconds += time.monotonic() - started
                 if values and (turn % settings.log_every == 0 or "validation/diversity" in values):
                     for alarm in monitor.record(turn, values):
                         bar.print(f"[yellow]alarm[/] {alarm}")
