@@ -30,7 +30,7 @@ def demo_table(report: dict[str, Any]) -> str:
     """One row per model of a demo's `report.json`."""
     slowest = report["models"]["teacher_8"]["seconds_per_image"]
     lines = [
-        "| | Fréchet to teacher | gap closed | accuracy | of the preview | diversity | time per image |",
+        "| | Fréchet to teacher | gap closed | accuracy | of the preview | diversity | time |",
         "|---|---|---|---|---|---|---|",
     ]
     for key, model in report["models"].items():
@@ -48,8 +48,8 @@ def demo_table(report: dict[str, Any]) -> str:
         f"`{report['command']}`, commit {report['commit']}, {report['machine']}, {report['date']}; "
         f"{report['images']} images of {report['prompts']} held-out prompts, features "
         f"{report['extractor']}. The floor, two disjoint teacher sets, is {report['floor']:.2f}; "
-        f"± is half of a 95% interval, from {report['halves']} random halves of the prompts; time is "
-        "relative to the teacher's."
+        f"± is half of a 95% interval, from {report['halves']} random halves of the prompts; time "
+        "is per image, relative to the teacher's."
     )
     return "\n".join([*lines, "", note])
 
