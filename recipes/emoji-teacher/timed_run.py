@@ -71,6 +71,7 @@ class TimedRun:
                 if now - last_save > SAVE_EVERY_SECONDS:
                     self.save()
                     last_save = now
+        self._record()
         self.save()
 
 
