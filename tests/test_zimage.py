@@ -190,7 +190,7 @@ def test_sampler_equals_the_stock_pipeline(tiny_folder: Path, steps: int) -> Non
     arguments["prompt_embeds"] = sampler.encoder.encode(prompts)
     theirs = pipe(num_inference_steps=steps, output_type="latent", **arguments)
     assert theirs.images.std() > 0.5
-    torch.testing.assert_close(ours.latents, theirs.images, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.latents, theirs.images, atol=5e-5, rtol=1e-4)
     assert ours.preview is None
 
 
