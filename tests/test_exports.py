@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conftest import random_transformer
-from twostep.backbones.model import ModelError
+from twostep.backbones.model import ZOO, ModelError
 from twostep.cli import app
 from twostep.exports.comfyui import allows_fp16, to_comfyui, workflow
 from twostep.exports.export import assemble, export
 from twostep.exports.lora import low_rank_difference
-from twostep.pipeline import TwoStepPipeline, save_student
+from twostep.pipeline import STANDALONE, TwoStepPipeline, save_student
 from twostep.rollout import TwoStep, seeded_noise
 
 NOISE = seeded_noise([3], (8, 8, 8))
@@ -226,3 +226,9 @@ def test_mistakes(
 def test_a_teacher_is_no_student(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no two-step student"):
         export(str(tiny_folder), "diffusers", tmp_path / "out")
+
+
+def test_students_of_the_zoo_carry_the_pipeline_of_today() -> None:
+    copies = sorted(ZOO.glob("*/pipeline.py"))
+    assert copies
+    assert all(copy.read_bytes() == STANDALONE.read_bytes() for copy in copies)

@@ -22,7 +22,7 @@ from twostep.flow import add_noise, guide, sample_sigma, velocity_target
 
 BATCH = 48
 TEXT_WIDTH = 128
-# Layer whose hidden states must tell which object covers each image token (see `Occupancy`).
+# Layer whose hidden states must tell which object covers each image token (see `train_base`).
 OCCUPANCY_LAYER = 3
 OCCUPANCY_WEIGHT = 0.2
 # Noise levels are drawn as the sampler visits them: at shift 3 a third of them lies above 0.85,

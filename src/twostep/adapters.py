@@ -53,7 +53,11 @@ class SharedBackbone:
                     raise RecipeError(
                         f"student.target_modules: no linear layer matches {target_modules!r}"
                     ) from error
-        self.layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        self.layers: dict[str, Any] = {
+            key: layer
+            for key, layer in model.transformer.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
         for name in names:
             for parameter in self.parameters(name):
                 parameter.data = parameter.data.float()
@@ -61,7 +65,7 @@ class SharedBackbone:
         self._activate("")
 
     def _activate(self, name: str) -> None:
-        for layer in self.layers:
+        for layer in self.layers.values():
             layer._disable_adapters = not name
             layer._active_adapter = [name] if name else []
         self.active = name
@@ -87,10 +91,9 @@ class SharedBackbone:
 
     def _parts(self, name: str) -> dict[str, nn.Module]:
         parts: dict[str, nn.Module] = {}
-        for key, layer in self.model.transformer.named_modules():
-            if isinstance(layer, LoraLayer):
-                parts[f"{key}.lora_A"] = layer.lora_A[name]
-                parts[f"{key}.lora_B"] = layer.lora_B[name]
+        for key, layer in self.layers.items():
+            parts[f"{key}.lora_A"] = layer.lora_A[name]
+            parts[f"{key}.lora_B"] = layer.lora_B[name]
         return parts
 
     def checkpoint_activations(self) -> None:
@@ -111,12 +114,12 @@ class SharedBackbone:
     def merged(self, name: str) -> nn.Module:
         """A copy of the transformer with the adapter added to its weights, as diffusers has it."""
         transformer = copy.deepcopy(self.model.transformer)
-        for key, layer in list(transformer.named_modules()):
-            if isinstance(layer, LoraLayer):
-                base = layer.get_base_layer()
-                if name:
-                    base.weight += layer.get_delta_weight(name).to(base.weight.dtype)
-                transformer.set_submodule(key, base)
+        for key in self.layers:
+            layer: Any = transformer.get_submodule(key)
+            base = layer.get_base_layer()
+            if name:
+                base.weight += layer.get_delta_weight(name).to(base.weight.dtype)
+            transformer.set_submodule(key, base)
         for leftover in ("peft_config", "_hf_peft_config_loaded"):
             transformer.__dict__.pop(leftover, None)
         transformer.disable_gradient_checkpointing()

@@ -173,8 +173,8 @@ def assemble(
 ) -> None:
     """Make a student folder of two transformers or LoRA files that came from elsewhere.
 
-    Example: twostep assemble --teacher path/to/teacher --first a.safetensors --second b.safetensors --out student
-    """  # noqa: E501
+    Example: twostep assemble --teacher TEACHER --first a.safetensors --second b/ --out student
+    """
     from twostep.exports.export import assemble as run
 
     _quiet()

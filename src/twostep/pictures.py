@@ -9,10 +9,14 @@ from torch import Tensor
 _GAP = 2
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in -1..1, of any shape, to uint8 on CPU; what is outside is clipped."""
+    return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in -1..1 to an RGB picture."""
-    pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return Image.fromarray(to_bytes(image).permute(1, 2, 0).numpy())
 
 
 def image_grid(panels: dict[str, Tensor], scale: int = 2) -> Image.Image:

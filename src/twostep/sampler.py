@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,28 +134,38 @@ class Sampler:
             texts = list(prompts[start : start + batch_size])
             batch = PromptBatch.collate(self.encoder.encode(texts), self.device)
             part = noise[start : start + batch_size].to(self.device)
-            if self.schedule is None:
-                latents.append(self._euler(part, batch, steps or 8, guidance_scale))
-            else:
-                assert self.second is not None
-                fresh = None
-                if self.schedule.transition == "renoise":
-                    fresh = transition_noise(part)
-                first, second = bind(self.field, batch), bind(self.second, batch)
-                rollout = two_step(first, second, part, self.schedule, transition_noise=fresh)
-                latents.append(rollout.clean2)
-                previews.append(rollout.clean1)
+            sample = self.roll(batch, part, steps, guidance_scale)
+            latents.append(sample.latents)
+            if sample.preview is not None:
+                previews.append(sample.preview)
         return Sample(torch.cat(latents), torch.cat(previews) if previews else None)
 
-    def _euler(
-        self, noise: Tensor, prompts: PromptBatch, steps: int, guidance_scale: float
-    ) -> Tensor:
+    @torch.no_grad()
+    def roll(
+        self,
+        prompts: PromptBatch,
+        noise: Tensor,
+        steps: int | None = None,
+        guidance_scale: float = 0.0,
+        around: Callable[[VelocityField], VelocityField] = lambda field: field,
+    ) -> Sample:
+        """One batch of `sample`, its prompts encoded and everything on the model's device.
+
+        `around` may put something, such as a clock, around the field of every step.
+        """
+        first = bind(self.field, prompts)
+        if self.schedule is not None:
+            assert self.second is not None
+            fresh = transition_noise(noise) if self.schedule.transition == "renoise" else None
+            second = around(bind(self.second, prompts))
+            rollout = two_step(around(first), second, noise, self.schedule, transition_noise=fresh)
+            return Sample(rollout.clean2, rollout.clean1)
         unconditional = None
         if guidance_scale:
             empty = PromptBatch.collate(self.encoder.encode([""]), self.device)
             unconditional = bind(self.field, empty.expand(len(noise)))
-        field = guided(bind(self.field, prompts), unconditional, guidance_scale)
-        return euler(field, noise, sigma_schedule(steps, self.shift))
+        field = around(guided(first, unconditional, guidance_scale))
+        return Sample(euler(field, noise, sigma_schedule(steps or 8, self.shift)), None)
 
     def generate(self, prompts: Sequence[str], noise: Tensor, steps: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in -1..1."""

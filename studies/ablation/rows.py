@@ -17,12 +17,14 @@ class Row:
         changes: recipe overrides, `key=value`.
         group: the table it belongs to.
         paper: where the method comes from, for peers.
+        only_warmup: the whole run is the warm-up's regression.
     """
 
     label: str
     changes: tuple[str, ...]
     group: str
     paper: str = ""
+    only_warmup: bool = False
 
 
 _SHARED = ("student.parameters=shared",)
@@ -78,9 +80,10 @@ ROWS: dict[str, Row] = {
     # Other methods in the same trainer: our implementations of those papers.
     "regression": Row(
         "trajectory regression",
-        ("losses.warmup_turns=400", "losses.warmup_step1_target=trajectory"),
+        ("losses.warmup_step1_target=trajectory",),
         "peer",
         "progressive distillation, arXiv 2202.00512",
+        only_warmup=True,
     ),
     "ladd": Row(
         "LADD",

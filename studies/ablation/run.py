@@ -51,9 +51,8 @@ def recipe_of(
         f"name={name}-{seed}", f"output={out}/runs", f"data.cache={out}/cache",
         f"training.seed={seed}",
     ]  # fmt: skip
-    settings = Recipe.load(BASE, [*common, f"data.cache={out}/cache"])
-    if row.label == "trajectory regression":  # the warm-up is all of it
-        overrides.append(f"losses.warmup_turns={settings.training.turns}")
+    if row.only_warmup:
+        overrides.append(f"losses.warmup_turns={Recipe.load(BASE, common).training.turns}")
     return Recipe.load(BASE, overrides)
 
 

@@ -18,6 +18,7 @@ from twostep.emoji.inspector import Inspector, is_right
 from twostep.emoji.scenes import CATEGORIES
 from twostep.errors import UserError
 from twostep.evaluation.prompt_set import PromptSet
+from twostep.pictures import to_bytes
 
 # (images (N, 3, H, W) in -1..1, their prompts) -> scores (N,) by name
 Scorer = Callable[[Tensor, PromptSet], dict[str, Tensor]]
@@ -102,7 +103,7 @@ def _ocr() -> Scorer:
             if wanted is None:
                 values.append(math.nan)
                 continue
-            pixels = image.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
+            pixels = to_bytes(image).permute(1, 2, 0).numpy()
             found = reader(np.ascontiguousarray(pixels[..., ::-1])).txts or ()
             values.append(text_similarity(wanted, " ".join(found)))
         return {"ocr": torch.tensor(values)}
@@ -121,9 +122,8 @@ def _clip() -> Scorer:
         raise ScorerError(f"scores: the weights of {_CLIP} cannot be had: {error}") from error
 
     def score(images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
-        pixels = images.clamp(-1, 1).add(1).mul(127.5).round().byte()
         # A forward gives the score of what it is given: one image, one score.
-        pairs = zip(pixels, prompts.captions, strict=True)
+        pairs = zip(to_bytes(images), prompts.captions, strict=True)
         return {"clip_score": torch.stack([metric(i[None], [c]).cpu() for i, c in pairs])}
 
     return score

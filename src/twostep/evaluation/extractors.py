@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from twostep.backbones.model import ZOO
 from twostep.emoji.inspector import FEATURES, Inspector
 from twostep.errors import UserError
+from twostep.pictures import to_bytes
 
 # Through torch-fidelity, which fetches the weights. The first is what "FID" is measured with.
 _FIDELITY = {
@@ -101,8 +102,7 @@ def _fidelity(name: str) -> Extractor:
         raise ExtractorError(f"features: the weights of {name} cannot be had: {error}") from error
 
     def extract(images: Tensor) -> Tensor:
-        pixels = images.clamp(-1, 1).add(1).mul(127.5).round().byte()
-        features: Tensor = model(pixels)[0]
+        features: Tensor = model(to_bytes(images))[0]
         return features
 
     return Extractor(name, extract)

@@ -21,6 +21,7 @@ from torch import Tensor
 from twostep.backbones.model import resolve
 from twostep.evaluation.prompt_set import PromptSet
 from twostep.files import folder_fingerprint, write_atomically
+from twostep.pictures import to_bytes
 from twostep.sampler import Sampler
 
 _PART = 64
@@ -79,8 +80,8 @@ class ImageStore:
         """Parts still to be made by process `rank` of `world`."""
         return [i for i in range(rank, len(self.parts), world) if not self._is_there(i)]
 
-    def make(self, sampler: Sampler, part: int) -> int:
-        """Makes one part and returns how many images it holds."""
+    def make(self, sampler: Sampler, part: int) -> None:
+        """Makes one part."""
         rows = self.parts[part]
         noise = self.prompts.noise(rows, sampler.noise_shape(*self.size), self.contender.reference)
         sample = sampler.sample(
@@ -89,13 +90,12 @@ class ImageStore:
             self.contender.steps,
             self.contender.guidance_scale,
         )
-        tensors = {"images": _to_bytes(sampler.decoder.decode(sample.latents))}
+        tensors = {"images": to_bytes(sampler.decoder.decode(sample.latents))}
         if sample.preview is not None:
-            tensors["previews"] = _to_bytes(sampler.decoder.decode(sample.preview))
+            tensors["previews"] = to_bytes(sampler.decoder.decode(sample.preview))
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {"fingerprint": self.fingerprint}
         write_atomically(self._path(part), lambda p: save_file(tensors, p, metadata))
-        return len(tensors["images"])
 
     def read(self) -> ImageSet:
         """All the images, once no part is missing."""
@@ -135,19 +135,14 @@ def make_images(
     Args:
         on_images: told how many images each part (or found part) added.
     """
-    mine = range(rank, len(store.parts), world)
-    missing = set(store.missing(rank, world))
+    missing = store.missing(rank, world)
     sampler = load() if missing else None
-    for part in mine:
+    for part in range(rank, len(store.parts), world):
         rows = store.parts[part]
         if sampler is not None and part in missing:
             store.make(sampler, part)
         if on_images:
             on_images(rows.stop - rows.start)
-
-
-def _to_bytes(images: Tensor) -> Tensor:
-    return images.clamp(-1, 1).add(1).mul(127.5).round().byte().cpu().contiguous()
 
 
 def _to_floats(pixels: Tensor) -> Tensor:

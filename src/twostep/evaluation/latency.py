@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from twostep.backbones.zimage import PromptBatch
-from twostep.flow import sigma_schedule
-from twostep.rollout import VelocityField, euler, two_step
-from twostep.sampler import Sampler, bind, transition_noise
+from twostep.rollout import VelocityField
+from twostep.sampler import Sampler
 
 _RUNS = 3
 
@@ -80,14 +79,6 @@ def _one_run(sampler: Sampler, prompts: list[str], noise: Tensor, steps: int | N
     batch = PromptBatch.collate(sampler.encoder.encode(prompts), sampler.device)
     noise = noise.to(sampler.device)
     mark()
-    first = marked(bind(sampler.field, batch))
-    if sampler.schedule is None:
-        latents = euler(first, noise, sigma_schedule(steps or 8, sampler.shift))
-    else:
-        assert sampler.second is not None
-        fresh = transition_noise(noise) if sampler.schedule.transition == "renoise" else None
-        second = marked(bind(sampler.second, batch))
-        latents = two_step(first, second, noise, sampler.schedule, transition_noise=fresh).clean2
-    sampler.decoder.decode(latents)
+    sampler.decoder.decode(sampler.roll(batch, noise, steps, around=marked).latents)
     mark()
     return marks

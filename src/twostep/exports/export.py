@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,7 @@ def export(
     schedule = read_two_step(folder)
     if schedule is None:
         raise ExportError(f"{folder} is no two-step student: it has no transformer_2")
-    if out.exists() and any(out.iterdir()):
-        raise ExportError(f"out: {out} is not empty")
+    _check_free(out)
     first, second = _load(folder, "transformer"), _load(folder, "transformer_2")
     if target == "comfyui":
         states = (first.state_dict(), second.state_dict())
@@ -79,6 +77,11 @@ def export(
     shift = read_shift(folder)
     _write(out / "README.md", lora_card(out.name, teacher, schedule, shift, rank, facts, lines))
     return lines
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"out: {out} is not empty")
 
 
 def _load(folder: Path, part: str) -> Any:
@@ -114,13 +117,11 @@ def assemble(teacher: str, first: str, second: str, out: Path) -> None:
         ModelError: for a part that is not there or does not fit.
     """
     folder = resolve(teacher)
-    if out.exists() and any(out.iterdir()):
-        raise ExportError(f"out: {out} is not empty")
+    _check_free(out)
     parts = [_part(folder, name) for name in (first, second)]
     if parts[0].config.dim != parts[1].config.dim:
         raise ExportError(f"{first} and {second} have different widths")
     schedule = TwoStep(sigma_schedule(2, read_shift(folder))[1])
-    shutil.rmtree(out, ignore_errors=True)
     save_student(folder, parts[0], parts[1], schedule, out, parts[0].dtype)
 
 
