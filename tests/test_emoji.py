@@ -116,6 +116,30 @@ def test_renderer_places_objects_as_asked(sprites: tuple) -> None:
             assert set(np.unique(drawn.occupancy)) == {0, APPLE + 1, BUS + 1}
 
 
+def test_unrelated_objects_lie_in_reading_order(sprites: tuple) -> None:
+    rng = np.random.default_rng(0)
+    gaps = [
+        centres[1] - centres[0]
+        for centres in (render(Scene((APPLE, BUS), RED), sprites, rng).centres for _ in range(60))
+    ]
+    assert all(dx + dy > 0.15 for dx, dy in gaps)
+    assert any(dy < 0 for _, dy in gaps)
+    assert any(dx < 0 for dx, _ in gaps)
+
+
+def test_equal_objects_are_grouped_about_the_middle(sprites: tuple) -> None:
+    rng = np.random.default_rng(0)
+    turns = set()
+    for count in (2, 3):
+        for _ in range(40):
+            offsets = render(Scene((APPLE,) * count, RED), sprites, rng).centres - 0.5
+            angles = np.sort(np.arctan2(offsets[:, 1], offsets[:, 0]))
+            gaps = np.diff([*angles, angles[0] + 2 * np.pi])
+            assert gaps.max() < 2 * np.pi / count + 1.0
+            turns.add(int(angles[0] // 0.5))
+    assert len(turns) > 3  # at any turn
+
+
 def test_renderer_is_a_function_of_its_generator(sprites: tuple) -> None:
     scene = Scene((APPLE,) * 3, BLUE)
     one, two, other = (render(scene, sprites, np.random.default_rng(s)).image for s in (1, 1, 2))

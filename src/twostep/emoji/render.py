@@ -89,18 +89,41 @@ def _layout(scene: Scene, rng: np.random.Generator) -> tuple[float, np.ndarray]:
     count = len(scene.objects)
     while True:
         size = rng.uniform(*_SIZE_RANGE[count]) * IMAGE_SIZE
-        centres = rng.uniform(size / 2 + 1, IMAGE_SIZE - size / 2 - 1, (count, 2))
+        nearest, farthest = size / 2 + 1, IMAGE_SIZE - size / 2 - 1
+        if scene.category == "counting":
+            centres = _ring(count, rng)
+        else:
+            centres = rng.uniform(nearest, farthest, (count, 2))
+        inside = nearest <= centres.min() and centres.max() <= farthest
         apart = all(
             np.abs(centres[i] - centres[j]).max() > 0.95 * size
             for i in range(count)
             for j in range(i)
         )
-        if apart and _holds(scene.relation, centres, 0.9 * size):
+        if inside and apart and _holds(scene, centres, size):
             return size, centres
 
 
-def _holds(relation: str | None, centres: np.ndarray, margin: float) -> bool:
-    if relation is None:
+def _ring(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Centres spread about the middle of the canvas, at any turn, as people group equal things."""
+    turns = np.arange(count) / count + rng.uniform() + rng.uniform(-0.04, 0.04, count)
+    radius = rng.uniform(0.22, 0.36, (count, 1)) * IMAGE_SIZE
+    middle = IMAGE_SIZE / 2 + rng.uniform(-3, 3, 2)
+    directions = np.stack([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], 1)
+    return np.asarray(middle + radius * directions)
+
+
+def _holds(scene: Scene, centres: np.ndarray, size: float) -> bool:
+    """Whether two different objects lie as the caption says.
+
+    "A dog and a cat" names them in reading order: the first lies further up or left. Were either
+    order drawn, a few-step model would often make both the same object (docs/log.md, 2026-11-23).
+    """
+    if scene.category not in ("two", "position"):
         return True
     dx, dy = centres[0] - centres[1]
-    return bool({"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation] > margin)
+    if scene.relation is None:
+        return bool(-dx - dy > 0.5 * size)
+    return bool(
+        {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[scene.relation] > 0.9 * size
+    )
