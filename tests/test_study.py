@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from twostep.config import Recipe
+from twostep.teach import teach
 
 FOLDER = Path(__file__).parents[1] / "studies" / "ablation"
 
 
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    specification = importlib.util.spec_from_file_location("ablation_run", FOLDER / "run.py")
+def load(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(
+        f"ablation_{name}", FOLDER / f"{name}.py"
+    )
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    sys.path.remove(str(FOLDER))
     return module
+
+
+@pytest.fixture(scope="module")
+def study() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(FOLDER))
+    yield load("run")
+    sys.path.remove(str(FOLDER))
 
 
 def recipe(study: ModuleType, name: str, common: tuple[str, ...] = ()) -> Recipe:
@@ -38,7 +47,7 @@ def recipe(study: ModuleType, name: str, common: tuple[str, ...] = ()) -> Recipe
         ("dmd2_like", "out/rendered", "shared", "cut", 0.5, True),
         ("teacher_images", "teacher", "shared", "cut", 0.5, True),
         ("decoupled", "teacher", "decoupled", "cut", 0.5, True),
-        ("end_to_end", "teacher", "decoupled", "end_to_end", 0.0, True),
+        ("no_step1", "teacher", "decoupled", "end_to_end", 0.0, True),
         ("full", "teacher", "decoupled", "end_to_end", 0.5, True),
     ],
 )
@@ -51,6 +60,8 @@ def test_ladder(
     step1: float,
     adversarial: bool,
 ) -> None:
+    assert list(study.TABLES["ladder"])[-1] == "full"
+    assert name in study.TABLES["ladder"]
     found = recipe(study, name)
     assert found.data.reals == reals
     assert found.student.parameters == parameters
@@ -59,44 +70,79 @@ def test_ladder(
     assert found.uses_critic == adversarial
 
 
-def test_rows_share_cache_budget_and_seed_and_differ_from_the_full_method(
+def test_every_row_stands_in_a_table_and_the_reverse(study: ModuleType) -> None:
+    assert {name for table in study.TABLES.values() for name in table} == set(study.ROWS)
+
+
+def test_rows_share_cache_seed_and_start_and_differ_from_the_full_method(
     study: ModuleType,
 ) -> None:
     full = recipe(study, "full").model_dump()
-    for name in study.ROWS:
+    for name, row in study.ROWS.items():
         for common in ((), study.QUICK):
             found = recipe(study, name, common)
             assert str(found.data.cache) == "out/cache"
             assert found.training.seed == 1
             assert found.name == f"{name}-1"
-            assert found.training.turns == recipe(study, "full", common).training.turns
+            budget = recipe(study, "full", common).training.turns
+            assert found.training.turns == max(1, round(budget * row.turns))
+            sets = {"one": "shared", "two": "decoupled"}.get(row.start)
+            if sets is None:
+                assert found.student.init is None
+            else:
+                assert found.student.init == f"out/runs/warm-{row.start}/student"
+                assert found.student.sharing == sets
+                start = study.warm_start(row.start, 20, Path("out"), common)
+                assert start.student.sharing == sets
+                assert start.losses.warmup_turns == start.training.turns == 20
         other = recipe(study, name).model_dump() | {"name": full["name"]}
         assert (other == full) == (name == "full"), name
 
 
+def test_ladder_and_removals_have_equal_turns(study: ModuleType) -> None:
+    for table in ("ladder", "removal"):
+        assert {study.ROWS[name].turns for name in study.TABLES[table]} == {1.0}
+
+
 def test_removals_take_away_one_idea_each(study: ModuleType) -> None:
     full = recipe(study, "full")
-    without = {n: recipe(study, n) for n, row in study.ROWS.items() if row.group == "removal"}
-    assert without["cut"].student.gradient == "cut"
+    without = {n: recipe(study, n) for n in study.TABLES["removal"] if n != "full"}
+    assert without["decoupled"].student.gradient == "cut"
     assert without["shared"].student.parameters == "shared"
     assert not without["no_critic"].uses_critic
     assert without["no_matching"].losses.final.distribution_matching == 0
     assert without["external"].data.reals != full.data.reals
     for name, found in without.items():
         same = {"data", "student", "losses"} - {
-            "external": {"data"}, "shared": {"student"}, "cut": {"student"},
+            "external": {"data"}, "shared": {"student"}, "decoupled": {"student"},
         }.get(name, {"losses"})  # fmt: skip
         for section in same:
             ours, theirs = getattr(found, section), getattr(full, section)
             assert ours == theirs, (name, section)
 
 
-def test_turns_to_arrive(study: ModuleType) -> None:
-    def records(*distances: float) -> list[dict[str, float]]:
-        return [
-            {"turn": 10 * (i + 1), "validation/kernel_distance": d} for i, d in enumerate(distances)
-        ]
+def test_turns_to_reach(study: ModuleType) -> None:
+    def curve(*distances: float) -> list[dict[str, float]]:
+        return [{"turn": 10 * (i + 1), "distance": d} for i, d in enumerate(distances)]
 
-    assert study.turns_to_arrive(records(1, 0.05, 0.5, 0.05, 0.01)) == 40
-    assert study.turns_to_arrive(records(1, 0.5)) is None
-    assert study.turns_to_arrive([{"turn": 5}]) is None
+    assert study.turns_to_reach(curve(1, 0.05, 0.5, 0.05, 0.01), 0.1) == 40
+    assert study.turns_to_reach(curve(1, 0.1), 0.1) == 20
+    assert study.turns_to_reach(curve(1, 0.5), 0.1) is None
+    assert study.turns_to_reach([], 0.1) is None
+
+
+def test_a_run_counts_the_networks_evaluations(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Per image: 2 calls with gradient in a warm-up turn; 13 in a student's, 10 in a critic's."""
+    one_run = load("one_run")
+    recipe = make_recipe(training={"validate_every": 100, "sample_every": 100})
+    path = tmp_path / "study.yaml"
+    path.write_text(recipe.to_yaml())
+    teach(recipe)
+    one_run.main(path)
+    done = json.loads((recipe.run_folder / "done.json").read_text())
+    settings, warm = recipe.training, recipe.losses.warmup_turns
+    turns = settings.turns - warm
+    per_image = warm * 2 * 3 + turns * (2 * 3 + 4 + 3) + (turns + 1) * (2 + 2 * 3 + 2)
+    assert done["evaluations"] == settings.batch_size * per_image

@@ -111,6 +111,61 @@ def test_shared_steps_are_one_and_decoupled_steps_are_two(make_recipe: Make) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, roles.second.parameters(), strict=True))
 
 
+ONLY_CONSISTENCY = {
+    "consistency": 1.0,
+    "final": {"weight": 0.0},
+    "step1": {"weight": 0.0},
+    "warmup_turns": 0,
+}
+
+
+def test_consistency_compares_neighbours_along_the_teachers_steps(make_recipe: Make) -> None:
+    """With one teacher step the target is the teacher's own answer; with more, worked out here."""
+    values = {}
+    for steps in (1, 2):
+        recipe = make_recipe(
+            f"lcd{steps}",
+            teacher={"steps": steps},
+            losses=ONLY_CONSISTENCY,
+            student={"parameters": "shared"},
+            data={"cache": f"{make_recipe().data.cache}-{steps}"},
+        )
+        trainer = trainer_of(recipe)
+        batch = trainer._batch(0, 0)
+        values[steps] = trainer.student_turn(batch, Draws(0, 0, "student", CPU)).loss
+        assert not trainer.critic_turn(batch, Draws(0, 0, "critic", CPU)).terms
+    assert values[1].item() == 0
+
+    draws, teacher = Draws(0, 0, "student", CPU), trainer.roles.teacher
+    sigmas = [(1.0, 0.75), (0.75, 0.0)]
+    chosen = torch.tensor([sigmas[i] for i in draws.integers(len(batch.noise), 2)])
+    sigma, below = (c.view(-1, 1, 1, 1) for c in chosen.unbind(1))
+    x = (1 - sigma) * batch.latents + sigma * draws.normal_like(batch.noise)
+    with torch.no_grad():
+        v = teacher(x, sigma.flatten(), batch.prompts).velocity
+        y = x + (below - sigma) * v
+        target = y - below * teacher(y, below.flatten(), batch.prompts).velocity
+    expected = (x - sigma * v - target).abs().mean()
+    torch.testing.assert_close(values[2].detach(), expected)
+    values[2].backward()
+    assert all(p.grad is not None for p in trainer.roles.first.parameters()[:5])
+
+
+def test_a_student_can_start_from_another(make_recipe: Make) -> None:
+    folder = trainer_of(make_recipe("begun")).train()
+    roles = build_roles(make_recipe("next", student={"init": str(folder)}), CPU)
+    for name, role in (("transformer", roles.first), ("transformer_2", roles.second)):
+        weights = load_file(folder / name / "diffusion_pytorch_model.safetensors")
+        own = role.transformer().state_dict()
+        assert all(torch.equal(own[key], value.float()) for key, value in weights.items())
+    with pytest.raises(RecipeError, match=r"two steps of .* differ"):
+        build_roles(make_recipe(student={"init": str(folder), "parameters": "shared"}), CPU)
+    with pytest.raises(RecipeError, match="is no student of this teacher"):
+        build_roles(make_recipe(student={"init": "zoo:emoji-student"}), CPU)
+    with pytest.raises(RecipeError, match="is no two-step student"):
+        build_roles(make_recipe(student={"init": "zoo:emoji-teacher"}), CPU)
+
+
 def test_distribution_matching_gradient_is_zero_when_the_fake_is_the_score(
     make_recipe: Make,
 ) -> None:

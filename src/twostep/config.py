@@ -72,6 +72,10 @@ class Student(_Section):
         description="two full sets, one full set for both steps, or two LoRA sets on the frozen "
         "teacher, whose weights then serve every role",
     )
+    init: str | None = Field(
+        None,
+        description="a two-step student to start from, a folder or zoo:NAME; empty: the teacher",
+    )
     rank: Count = Field(64, description="for lora; alpha equals it")
     target_modules: str = Field(
         r"(layers|noise_refiner|context_refiner)\.\d+\."
@@ -103,6 +107,11 @@ class StepLosses(_Section):
 class Losses(_Section):
     final: StepLosses = StepLosses(adversarial=0.03)
     step1: StepLosses = StepLosses(weight=0.5)
+    consistency: NonNegative = Field(
+        0.0,
+        description="weight of latent consistency distillation along the teacher's steps; for one "
+        "set of weights (student.parameters: shared)",
+    )
     tau_range: tuple[Fraction, Fraction] = Field(
         (0.02, 0.98), description="noise levels at which clean predictions are judged"
     )
@@ -206,6 +215,16 @@ class Recipe(_Section):
             raise ValueError(
                 "losses.*.guidance_augmentation needs score.model: guidance makes no sense for a "
                 "guidance-free teacher (Z-Image issue 110)"
+            )
+        if self.losses.consistency and self.student.parameters != "shared":
+            raise ValueError(
+                "losses.consistency needs student.parameters: shared, since one network must "
+                f"answer at every noise level; got {self.student.parameters}"
+            )
+        if self.student.parameters == "lora" and self.student.init is not None:
+            raise ValueError(
+                "student.init is not available with student.parameters: lora, whose adapters "
+                "start at zero"
             )
         if self.student.parameters == "lora" and self.training.compile:
             raise ValueError("training.compile is not available with student.parameters: lora")

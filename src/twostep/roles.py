@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.adapters import AdapterRole, SharedBackbone
-from twostep.backbones.model import load_velocity, resolve
+from twostep.backbones.model import load_velocity, read_index, resolve
 from twostep.backbones.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.config import Recipe, RecipeError
 from twostep.critic import CriticHeads
@@ -125,12 +125,12 @@ class Roles:
 def build_roles(recipe: Recipe, device: torch.device) -> Roles:
     """Loads the teacher and makes every other role from it.
 
-    Student and fakes start from the teacher's weights, in fp32; the score is the teacher unless
-    the recipe names another model.
+    Student and fakes start from the teacher's weights, in fp32, unless the recipe names a student
+    to start from; the score is the teacher unless it names another model.
 
     Raises:
         ModelError: for a model folder that cannot be used.
-        RecipeError: if a critic layer does not exist.
+        RecipeError: if a critic layer does not exist, or `student.init` does not fit.
     """
     compiled = recipe.training.compile
     teacher_model = load_velocity(resolve(recipe.teacher.model))
@@ -147,6 +147,8 @@ def build_roles(recipe: Recipe, device: torch.device) -> Roles:
         recipe, teacher_model.to(device), [*names, *fake_names]
     )
     first, second = trained[names[0]], trained[names[-1]]
+    if recipe.student.init is not None:
+        _start_from(resolve(recipe.student.init), first, second)
     fakes = tuple(trained[name] for name in fake_names)
     score = teacher
     if recipe.score.model is not None:
@@ -183,6 +185,28 @@ def _adapters(
         backbone.checkpoint_activations()
     trained: dict[str, Role] = {name: AdapterRole(backbone, name) for name in names}
     return AdapterRole(backbone), trained
+
+
+@torch.no_grad()
+def _start_from(folder: Path, first: Role, second: Role) -> None:
+    """Gives the steps the weights of another student."""
+    if "transformer_2" not in read_index(folder):
+        raise RecipeError(f"student.init: {folder} is no two-step student")
+    found = [load_velocity(folder, part) for part in ("transformer", "transformer_2")]
+    if first is second and not _same(*found):
+        raise RecipeError(
+            f"student.init: the two steps of {folder} differ, student.parameters: shared needs "
+            "them equal"
+        )
+    for role, model in zip((first, second), found, strict=True):
+        try:
+            role.model.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            raise RecipeError(f"student.init: {folder} is no student of this teacher") from error
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def _load_score(folder: Path, teacher: ZImageVelocity, device: torch.device) -> ZImageVelocity:

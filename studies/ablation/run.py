@@ -1,27 +1,30 @@
 """The ablation study: trains every row for every seed, judges all of them, writes one JSON file.
 
-python studies/ablation/run.py --quick                     minutes on a CPU: few turns, one seed
-python studies/ablation/run.py --rows full,cut --seeds 3   some rows
-python studies/ablation/run.py --jobs 2                    two runs at a time
+python studies/ablation/run.py --quick --rows full         one row in minutes on a CPU, one seed
+python studies/ablation/run.py --rows full,shared --seeds 3
+python studies/ablation/run.py --jobs 2                    every row, two runs at a time
 
-Run it again to go on where it stopped: finished runs, images and figures are kept. The table in
-docs/results.md is written from the result by docs/tables.py.
+Run it again to go on where it stopped: finished runs, images and figures are kept. The tables in
+docs/results.md are written from docs/results/ablation.json by docs/tables.py, the curves by
+plots.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
 from rendered import draw_scenes
-from rows import EXTERNAL, ROWS, Row
+from rows import EXTERNAL, ROWS, TABLES, Row
 
 from twostep.config import Recipe
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
@@ -34,25 +37,41 @@ HERE = Path(__file__).parent
 BASE = HERE / "recipe.yaml"
 # What --quick changes: enough to see that a row runs, too little to rank rows.
 QUICK = (
-    "data.prompt_count=256", "losses.warmup_turns=20", "training.turns=40",
-    "training.validate_every=10", "training.batch_size=8",
+    "data.prompt_count=256", "training.turns=12", "training.critic_warmup_turns=4",
+    "training.validate_every=4", "training.batch_size=8",
 )  # fmt: skip
-# Kernel distance at which a student counts as arrived, for "turns to reach".
-ARRIVED = 0.1
+# The warm start: this many turns of regression, at a higher rate.
+WARM_TURNS, QUICK_WARM_TURNS = 250, 20
+WARM = ("training.batch_size=24", "training.warmup_learning_rate=4e-4")
+# The row whose end, on average, is the quality that "turns to reach" asks for.
+MARK = "dmd"
 
 
 def recipe_of(
-    row: Row, name: str, seed: int, out: Path, common: tuple[str, ...], external: Path
+    row: Row, name: str, seed: int, out: Path, common: Sequence[str], external: Path
 ) -> Recipe:
     """One run's recipe; later overrides win."""
-    changes = [c.replace(EXTERNAL, str(external)) for c in row.changes]
+    base = Recipe.load(BASE, common)
+    turns = max(1, round(base.training.turns * row.turns))
     overrides = [
-        *common, *changes,
+        *common, *(c.replace(EXTERNAL, str(external)) for c in row.changes),
+        f"training.turns={turns}", f"losses.warmup_turns={turns if row.only_warmup else 0}",
         f"name={name}-{seed}", f"output={out}/runs", f"data.cache={out}/cache",
         f"training.seed={seed}",
     ]  # fmt: skip
-    if row.only_warmup:
-        overrides.append(f"losses.warmup_turns={Recipe.load(BASE, common).training.turns}")
+    if row.start != "teacher":
+        overrides.append(f"student.init={out}/runs/warm-{row.start}/student")
+    return Recipe.load(BASE, overrides)
+
+
+def warm_start(sets: str, turns: int, out: Path, common: Sequence[str]) -> Recipe:
+    """The regression that rows go on from, with `two` sets of weights or `one`."""
+    overrides = [
+        *common, *WARM, f"training.turns={turns}", f"losses.warmup_turns={turns}",
+        f"student.parameters={'shared' if sets == 'one' else 'decoupled'}",
+        f"training.validate_every={max(1, turns // 5)}",
+        f"name=warm-{sets}", f"output={out}/runs", f"data.cache={out}/cache",
+    ]  # fmt: skip
     return Recipe.load(BASE, overrides)
 
 
@@ -61,35 +80,47 @@ def train(recipe: Recipe, threads: int) -> None:
     folder = recipe.run_folder
     if (folder / "done.json").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     path = folder / "study.yaml"
     write_atomically(path, lambda p: p.write_text(recipe.to_yaml(), encoding="utf-8"))
-    started = time.monotonic()
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
         subprocess.run(
-            [sys.executable, "-m", "twostep", "distill", str(path)],
+            [sys.executable, str(HERE / "one_run.py"), str(path)],
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdout=log,
             stderr=log,
             check=True,
         )
-    seconds = {"seconds": time.monotonic() - started}
-    write_atomically(folder / "done.json", lambda p: p.write_text(json.dumps(seconds)))
-    print(f"{folder.name}: {seconds['seconds']:.0f} s", flush=True)
+    for leftover in ("checkpoints", "samples", "best.safetensors"):
+        path = folder / leftover
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    done = json.loads((folder / "done.json").read_text())
+    print(f"{folder.name}: {done['seconds']:.0f} s", flush=True)
 
 
-def turns_to_arrive(records: list[dict[str, Any]]) -> int | None:
-    """The first validated turn from which the kernel distance stays below `ARRIVED`."""
-    arrived = None
-    for record in records:
-        distance = record.get("validation/kernel_distance")
-        if distance is None:
-            continue
-        if distance >= ARRIVED:
-            arrived = None
-        elif arrived is None:
-            arrived = int(record["turn"])
-    return arrived
+def validated(folder: Path) -> list[dict[str, float]]:
+    """What the run's validation saw: `turn`, `distance` and `step1_distance`."""
+    return [
+        {
+            "turn": record["turn"],
+            "distance": record["validation/kernel_distance"],
+            "step1_distance": record["validation/step1_distance"],
+        }
+        for record in read_metrics(folder)
+        if "validation/kernel_distance" in record
+    ]
+
+
+def turns_to_reach(curve: Sequence[dict[str, float]], quality: float) -> int | None:
+    """The first validated turn from which the distance stays at `quality` or below."""
+    reached = None
+    for point in curve:
+        if point["distance"] > quality:
+            reached = None
+        elif reached is None:
+            reached = int(point["turn"])
+    return reached
 
 
 def main(
@@ -113,18 +144,23 @@ def main(
     external = out / "rendered"
     if any(EXTERNAL in change for name in names for change in ROWS[name].changes):
         draw_scenes(external, Recipe.load(BASE, common))
+    # Seed by seed, so that a study that is cut short has every row at least once.
     recipes = {
         (name, seed): recipe_of(ROWS[name], name, seed, out, common, external)
-        for name in names
         for seed in range(seeds)
+        for name in names
     }
-    teach(next(iter(recipes.values())))
+    warm_turns = QUICK_WARM_TURNS if quick else WARM_TURNS
+    starts = sorted({ROWS[name].start for name in names} - {"teacher"})
+    warm = {sets: warm_start(sets, warm_turns, out, common) for sets in starts}
+    first = next(iter(recipes.values()))
+    teach(first)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda recipe: train(recipe, threads), warm.values()))
         list(pool.map(lambda recipe: train(recipe, threads), recipes.values()))
 
-    first = next(iter(recipes.values()))
-    students = {r.name: str(r.run_folder / "student") for r in recipes.values()}
+    students = {r.name: str(r.run_folder / "student") for r in (*warm.values(), *recipes.values())}
     models = contenders(first.teacher.model, first.teacher.steps, students)
     size = (first.data.height, first.data.width)
     settings = Settings(size=size, halves=0, timed=0)
@@ -132,20 +168,20 @@ def main(
     if comparison is None:  # another process judges
         return
     found = comparison.figures
+    runs = {name: [_of_run(recipes[name, seed], found) for seed in range(seeds)] for name in names}
+    for sets, recipe in warm.items():
+        runs[f"warm_{sets}"] = [_of_run(recipe, found)]
     results = {
         **{k: v for k, v in found.items() if k not in ("models", "gap_closed")},
         "command": " ".join(["python", "studies/ablation/run.py", *sys.argv[1:]]),
-        "turns": first.training.turns,
-        "baselines": {k: found["models"][k] for k in ("teacher_8", "naive_2")},
-        "rows": {
-            name: {
-                "label": ROWS[name].label,
-                "group": ROWS[name].group,
-                "paper": ROWS[name].paper,
-                "seeds": [_of_run(recipes[name, seed], found) for seed in range(seeds)],
-            }
-            for name in names
-        },
+        "turns": Recipe.load(BASE, common).training.turns,
+        "batch_size": first.training.batch_size,
+        "warm_turns": warm_turns,
+        "baselines": {k: _figures(found["models"][k]) for k in ("teacher_8", "naive_2")},
+        "mark": MARK if MARK in runs else None,
+        "tables": TABLES,
+        "papers": {name: row.paper for name, row in ROWS.items() if row.paper},
+        "rows": _with_turns_to_reach(runs),
     }
     path = out / "results.json"
     text = json.dumps(results, indent=1, ensure_ascii=False)
@@ -154,19 +190,39 @@ def main(
     print(path)
 
 
+def _figures(model: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "frechet_to_teacher": model["frechet_to_teacher"],
+        "accuracy": model["accuracy"],
+        "diversity": model["diversity"],
+        "paired_distance": model["paired_distance"],
+    }
+
+
 def _of_run(recipe: Recipe, found: dict[str, Any]) -> dict[str, Any]:
     key = f"{recipe.name}_2"
     model = found["models"][key]
-    records = read_metrics(recipe.run_folder)
+    curve = validated(recipe.run_folder)
     return {
-        "frechet_to_teacher": model["frechet_to_teacher"],
+        **_figures(model),
         "gap_closed": found["gap_closed"].get(key),
-        "accuracy": model["accuracy"]["overall"],
-        "diversity": model["diversity"],
+        "validation_distance": min(point["distance"] for point in curve),
         "preview_accuracy": model["preview"]["accuracy"]["overall"],
         "preview_frechet": model["preview"]["frechet_to_teacher"],
-        "turns_to_arrive": turns_to_arrive(records),
-        "seconds": json.loads((recipe.run_folder / "done.json").read_text())["seconds"],
+        "curve": curve,
+        **json.loads((recipe.run_folder / "done.json").read_text()),
+    }
+
+
+def _with_turns_to_reach(
+    runs: dict[str, list[dict[str, Any]]],
+) -> dict[str, list[dict[str, Any]]]:
+    if MARK not in runs:
+        return runs
+    quality = mean(run["validation_distance"] for run in runs[MARK])
+    return {
+        name: [run | {"turns_to_reach": turns_to_reach(run["curve"], quality)} for run in of_row]
+        for name, of_row in runs.items()
     }
 
 

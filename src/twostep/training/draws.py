@@ -26,3 +26,7 @@ class Draws:
     def sigma(self, count: int, shift: float, bounds: tuple[float, float]) -> Tensor:
         """Noise levels (count,), uniform before the time shift."""
         return sample_sigma(count, shift, self.generator, *bounds, device=self.device)
+
+    def integers(self, count: int, end: int) -> list[int]:
+        """`count` whole numbers in 0 .. end - 1."""
+        return torch.randint(end, (count,), generator=self.generator).tolist()

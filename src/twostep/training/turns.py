@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,9 +12,16 @@ from torch import Tensor
 from twostep import losses
 from twostep.backbones.zimage import PromptBatch
 from twostep.config import Recipe, StepLosses
-from twostep.flow import add_noise, clean_from_velocity, guide, velocity_target
+from twostep.flow import (
+    add_noise,
+    clean_from_velocity,
+    euler_step,
+    guide,
+    sigma_schedule,
+    velocity_target,
+)
 from twostep.roles import Role, Roles, bind_role
-from twostep.rollout import Rollout, TwoStep, two_step
+from twostep.rollout import Rollout, TwoStep, guided, two_step
 from twostep.training.draws import Draws
 
 
@@ -104,18 +112,46 @@ class StudentTurn:
         return Turn(loss, terms)
 
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
-        noise = batch.noise if self._on_cached_noise else draws.normal_like(batch.noise)
-        rollout = self.rollout(noise, batch.prompts, draws)
-        total = noise.new_zeros(())
+        total = batch.noise.new_zeros(())
         logged: dict[str, Tensor] = {}
-        for step, clean in (("step1", rollout.clean1), ("final", rollout.clean2)):
-            for name, weight, term in self._terms[step]:
-                value = term(clean, batch, draws)
-                total = total + weight * value
-                logged[f"{step}/{name}"] = value.detach()
-        logged["latents/mean"] = rollout.clean2.detach().mean()
-        logged["latents/std"] = rollout.clean2.detach().std()
+        if any(self._terms.values()):
+            noise = batch.noise if self._on_cached_noise else draws.normal_like(batch.noise)
+            rollout = self.rollout(noise, batch.prompts, draws)
+            for step, clean in (("step1", rollout.clean1), ("final", rollout.clean2)):
+                for name, weight, term in self._terms[step]:
+                    value = term(clean, batch, draws)
+                    total = total + weight * value
+                    logged[f"{step}/{name}"] = value.detach()
+            logged["latents/mean"] = rollout.clean2.detach().mean()
+            logged["latents/std"] = rollout.clean2.detach().std()
+        if self.recipe.losses.consistency:
+            value = self._be_consistent(batch, draws)
+            total = total + self.recipe.losses.consistency * value
+            logged["consistency"] = value.detach()
         return Turn(total, logged)
+
+    def _be_consistent(self, batch: Batch, draws: Draws) -> Tensor:
+        """Latent consistency distillation (arXiv 2310.04378) without a target network (2310.14189).
+
+        At neighbouring noise levels of the teacher's schedule, joined by a teacher step, the
+        student must point to the same image.
+        """
+        pairs = list(pairwise(sigma_schedule(self.recipe.teacher.steps, self.shift)))
+        chosen = torch.tensor([pairs[i] for i in draws.integers(len(batch.noise), len(pairs))])
+        sigma, below = chosen.to(batch.noise).unbind(1)
+        latents = add_noise(batch.latents, draws.normal_like(batch.noise), sigma)
+        field = bind_role(self.roles.first, batch.prompts)
+        clean = clean_from_velocity(latents, field(latents, sigma), sigma)
+        with torch.no_grad():
+            teacher = guided(
+                bind_role(self.roles.teacher, batch.prompts),
+                bind_role(self.roles.teacher, batch.empty),
+                self.recipe.teacher.guidance_scale,
+            )
+            stepped = euler_step(latents, teacher(latents, sigma), sigma, below)
+            # At the last step this is the image itself: sigma is 0 there.
+            target = clean_from_velocity(stepped, field(stepped, below), below)
+        return losses.regression(clean, target)
 
     def _match(self, step: int) -> Term:
         def term(clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
@@ -172,6 +208,8 @@ class CriticTurn:
         self._judged = [i for i, w in enumerate(weights) if w.weight * w.adversarial]
 
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
+        if not (self._followed or self._judged):
+            return Turn(batch.noise.new_zeros(()), {})
         with torch.no_grad():
             noise = draws.normal_like(batch.noise)
             rollout = self.student.rollout(noise, batch.prompts, draws)
