@@ -21,7 +21,7 @@ LAYERS = [
     ["backbones", "devices", "processes", "prompts"],
     ["sampler", "reals", "adapters"],
     ["roles", "teacher_cache", "pipeline", "generate"],
-    ["teach"],
+    ["teach", "compare"],
     ["training", "evaluation"],
     ["demo", "exports"],
     ["cli"],

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
-from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import random_transformer
 from twostep.backbones.model import ModelError
 from twostep.flow import sigma_schedule
-from twostep.generate import InputError, generate, parse_size
 from twostep.pipeline import TwoStepPipeline, save_student
 from twostep.rollout import TwoStep, seeded_noise
 from twostep.sampler import Sampler, read_two_step
@@ -197,31 +195,3 @@ def test_student_without_a_schedule_is_refused(student: Path, tmp_path: Path) ->
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="no step2_sigma"):
         Sampler.load(str(folder))
-
-
-def test_generate_writes_pictures_that_say_how_they_were_made(
-    student: Path, tmp_path: Path
-) -> None:
-    paths = list(generate(["一只狗"], str(student), tmp_path, seed=7, size=(32, 48), count=2))
-    assert [p.name for p in paths] == ["一只狗-7-2steps.png", "一只狗-8-2steps.png"]
-    with Image.open(paths[1]) as image:
-        assert image.size == (48, 32)
-        assert image.info["prompt"] == "一只狗"
-        assert (image.info["seed"], image.info["steps"]) == ("8", "2")
-        assert image.info["model"] == str(student)
-    alone = next(generate(["一只狗"], str(student), tmp_path / "b", seed=8, size=(32, 48)))
-    assert alone.read_bytes() == paths[1].read_bytes()
-    with pytest.raises(InputError, match="two-step student, got 8"):
-        next(generate(["x"], str(student), tmp_path, steps=8))
-    with pytest.raises(InputError, match="multiple of 8, got 30"):
-        next(generate(["x"], str(student), tmp_path, size=(30, 32)))
-
-
-def test_sizes() -> None:
-    assert parse_size("64") == (64, 64)
-    assert parse_size("96x64") == (64, 96)
-    for text in ("0x", "big", "64x64x64", "-8"):
-        with pytest.raises(InputError, match="expected SIDE"):
-            parse_size(text)
-    with pytest.raises(InputError, match="at most"):
-        parse_size("9000x9000")

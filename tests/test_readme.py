@@ -78,8 +78,8 @@ def test_tables_are_generated_from_their_json() -> None:
 def test_models_of_the_readme_make_pictures(model: str, tmp_path: Path) -> None:
     from twostep.generate import generate
 
-    (path,) = generate(["two cats on a red background"], model, tmp_path)
-    with Image.open(path) as image:
+    (picture,) = generate(["two cats on a red background"], model, tmp_path)
+    with Image.open(picture.path) as image:
         assert image.size == (64, 64)
         red, _, _ = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
         assert red > 120

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +26,8 @@ RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, e.g. recipe
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="key=value, e.g. training.turns=500", show_default=False)
 ]
+SizeOption = Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 
 
 @app.command()
@@ -73,26 +78,81 @@ def distill(
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
     model: Annotated[str, typer.Option(help="a folder, zoo:NAME or a hub id")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="prompts; - reads them from stdin, a line each")
+    ] = None,
+    prompts_file: Annotated[
+        str | None, typer.Option("--prompts", help="a .txt or .jsonl file of prompts")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("runs/pictures"),
     seed: Annotated[int, typer.Option(min=0, help="seed of the first picture of each prompt")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="a teacher's steps (8); a student has 2")
     ] = None,
-    size: Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")] = "64",
+    size: SizeOption = "64",
     count: Annotated[int, typer.Option(min=1, help="pictures per prompt, seeds ascending")] = 1,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="also the image that a student's step 1 points to")
+    ] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="also OUT/grid.png, a row for each prompt")
+    ] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="print a line of JSON for each picture")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures at a time")] = 16,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Make pictures with a teacher or a student.
+    """Make pictures with a teacher or a student. Those already there are not made again.
 
     Example: twostep generate --model zoo:emoji-student "two cats on a red background" --count 4
+
+    From a file, with a sheet: twostep generate --model runs/x/student --prompts all.txt --grid
     """
     from twostep.generate import generate as run
+    from twostep.generate import parse_size, read_prompts, save_grid
+
+    _quiet()
+    texts = read_prompts(prompts or (), prompts_file)
+    pictures = []
+    wanted = len(dict.fromkeys(texts)) * count
+    with _bar("pictures", wanted) as advance:
+        for picture in run(
+            texts, model, out, seed, steps, parse_size(size), count, preview, batch_size, device
+        ):
+            pictures.append(picture)
+            print(picture.as_json() if json_lines else picture.path, flush=True)
+            advance()
+    if grid:
+        path = save_grid(pictures, out / "grid.png")
+        print(json.dumps({"grid": str(path)}) if json_lines else path)
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(help="folders, zoo:NAME or hub ids; MODEL@STEPS for other steps")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="may be repeated: a column for each")],
+    out: Annotated[Path, typer.Option(help="the .png file")] = Path("runs/compare.png"),
+    seed: Annotated[int, typer.Option(min=0, help="seed of each prompt's first column")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="columns per prompt, seeds ascending")] = 1,
+    size: SizeOption = "64",
+    preview: Annotated[
+        bool, typer.Option("--preview", help="a row more for what a student's step 1 points to")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Put models side by side: the same prompts from the same noise, a row for each model.
+
+    Example: twostep compare zoo:emoji-teacher@2 zoo:emoji-student --prompt "a dog" --count 8
+    """
+    from twostep.compare import compare as run
     from twostep.generate import parse_size
 
     _quiet()
-    for path in run(prompts, model, out, seed, steps, parse_size(size), count):
-        print(path)
+    print(run(models, prompt, out, seed, count, parse_size(size), preview, device))
 
 
 @app.command()
@@ -121,9 +181,9 @@ def evaluate(
     scores: Annotated[
         list[str] | None, typer.Option(help="inspector, ocr, clip; may be repeated")
     ] = None,
-    size: Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")] = "64",
+    size: SizeOption = "64",
     halves: Annotated[int, typer.Option(min=0, help="random halves behind each interval")] = 100,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Compare students with their teacher on the same prompts and noise. Resumable.
 
@@ -201,6 +261,17 @@ def demo(
     _quiet()
     report = run_demo(minutes, out, images)
     _out.print(f"report: {report.with_suffix('.html')}\n        {report}", highlight=False)
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr; what it yields advances it by one."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("", total=total)
+        yield lambda: bars.advance(bar)
 
 
 def _quiet() -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from twostep.backbones.model import MAX_PIXELS
+from twostep.backbones.model import MAX_PIXELS, resolve
+from twostep.devices import pick_device
 from twostep.errors import UserError
-from twostep.pictures import to_pil
+from twostep.files import folder_fingerprint, write_atomically
+from twostep.pictures import tile, to_pil
+from twostep.prompts import load_prompts
 from twostep.rollout import seeded_noise
 from twostep.sampler import Sampler
 
@@ -36,6 +45,74 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
+def read_prompts(prompts: Sequence[str], file: str | None = None) -> list[str]:
+    """Prompts given one by one, `-` standing for stdin's lines, then those of `file`.
+
+    Raises:
+        InputError, PromptError: for an unreadable file, or no prompts at all.
+    """
+    found: list[str] = []
+    for prompt in prompts:
+        lines = [line.strip() for line in sys.stdin] if prompt == "-" else [prompt]
+        found.extend(line for line in lines if line or prompt != "-")
+    if file is not None:
+        found.extend(load_prompts(file))
+    if not found:
+        raise InputError("prompts: none given; name some, or --prompts FILE, or - for stdin")
+    return found
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on disk.
+
+    Attributes:
+        path: a function of prompt, seed and steps.
+        preview: the image that step 1 pointed to, if it was asked for.
+        made: False if it was there already, made by the same model in the same way.
+    """
+
+    path: Path
+    prompt: str
+    seed: int
+    steps: int
+    model: str
+    preview: Path | None
+    made: bool
+
+    def as_json(self) -> str:
+        """One line of JSON."""
+        record = {
+            "path": str(self.path),
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "steps": self.steps,
+            "model": self.model,
+            "made": self.made,
+        }
+        if self.preview is not None:
+            record["preview"] = str(self.preview)
+        return json.dumps(record, ensure_ascii=False)
+
+
+def load_sampler(model: str, size: tuple[int, int], steps: int | None, device: str) -> Sampler:
+    """The model on `device` (auto, cpu or cuda; in bf16 on CUDA), once the arguments fit it.
+
+    Raises:
+        InputError, ModelError: for what does not fit.
+    """
+    chosen = pick_device(device)
+    dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    sampler = Sampler.load(model, chosen, dtype)
+    try:
+        sampler.noise_shape(*size)
+    except ValueError as error:
+        raise InputError(f"size: {error}") from error
+    if sampler.schedule is not None and steps not in (None, 2):
+        raise InputError(f"steps: {model} is a two-step student, got {steps}")
+    return sampler
+
+
 def generate(
     prompts: Sequence[str],
     model: str,
@@ -44,38 +121,118 @@ def generate(
     steps: int | None = None,
     size: tuple[int, int] = (64, 64),
     count: int = 1,
-) -> Iterator[Path]:
-    """Writes `count` pictures per prompt, with seeds from `seed` up, and yields their paths.
+    preview: bool = False,
+    batch_size: int = 16,
+    device: str = "cpu",
+) -> Iterator[Picture]:
+    """Writes `count` pictures per prompt, seeds from `seed` up, and yields them as they are done.
+
+    A picture that is already there, made by the same weights from the same prompt, seed, size and
+    number of steps, is not made again.
+
+    Args:
+        size: (height, width) in pixels.
+        preview: also write what step 1 points to; for students only.
 
     Raises:
         InputError, ModelError: before any picture is made.
     """
-    if not all(p.strip() for p in prompts):
+    if not prompts or not all(p.strip() for p in prompts):
         raise InputError("prompt: must not be empty")
-    sampler = Sampler.load(model)
-    try:
-        shape = sampler.noise_shape(*size)
-    except ValueError as error:
-        raise InputError(f"size: {error}") from error
-    if sampler.schedule is not None and steps not in (None, 2):
-        raise InputError(f"steps: {model} is a two-step student, got {steps}")
-    seeds = list(range(seed, seed + count))
-    out.mkdir(parents=True, exist_ok=True)
+    sampler = load_sampler(model, size, steps, device)
+    if preview and sampler.schedule is None:
+        raise InputError(f"preview: {model} is no two-step student")
     used = 2 if sampler.schedule is not None else steps or 8
-    for prompt in prompts:
-        images = sampler.generate([prompt] * count, seeded_noise(seeds, shape), steps)
-        for number, image in zip(seeds, images, strict=True):
-            info = PngInfo()
-            facts = {"prompt": prompt, "seed": number, "steps": used, "model": model}
-            for key, value in facts.items():
-                info.add_itxt(key, str(value))
-            path = out / f"{_slug(prompt)}-{number}-{used}steps.png"
-            temporary = path.with_suffix(".tmp")
-            to_pil(image).save(temporary, format="PNG", pnginfo=info)
-            os.replace(temporary, path)
-            yield path
+    weights = folder_fingerprint(resolve(model))[:16]
+    shape = sampler.noise_shape(*size)
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        Picture(path, prompt, number, used, model, _beside(path) if preview else None, True)
+        for prompt in dict.fromkeys(prompts)
+        for number in range(seed, seed + count)
+        for path in [out / f"{_slug(prompt)}-{number}-{used}steps.png"]
+    ]
+    for start in range(0, len(wanted), batch_size):
+        part = wanted[start : start + batch_size]
+        facts = [_facts(picture, size, weights) for picture in part]
+        missing = [i for i, p in enumerate(part) if not _is_there(p, facts[i])]
+        if missing:
+            noise = seeded_noise([part[i].seed for i in missing], shape)
+            sample = sampler.sample([part[i].prompt for i in missing], noise, steps)
+            images = sampler.decoder.decode(sample.latents)
+            for i, image in zip(missing, images, strict=True):
+                _save(to_pil(image), part[i].path, facts[i])
+            if preview:
+                assert sample.preview is not None
+                for i, image in zip(missing, sampler.decoder.decode(sample.preview), strict=True):
+                    _save(to_pil(image), _beside(part[i].path), facts[i])
+        for i, p in enumerate(part):
+            made = i in missing
+            yield Picture(p.path, p.prompt, p.seed, p.steps, p.model, p.preview, made)
+
+
+def save_grid(pictures: Sequence[Picture], path: Path) -> Path:
+    """One picture of all: a row for each prompt, previews in a row above their results."""
+    rows: dict[tuple[str, bool], list[Image.Image]] = {}
+    for picture in pictures:
+        if picture.preview is not None:
+            rows.setdefault((picture.prompt, True), []).append(_open(picture.preview))
+        rows.setdefault((picture.prompt, False), []).append(_open(picture.path))
+    sheet = tile(list(rows.values()))
+    write_atomically(path, lambda p: sheet.save(p, format="PNG"))
+    return path
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _facts(picture: Picture, size: tuple[int, int], weights: str) -> dict[str, str]:
+    return {
+        "prompt": picture.prompt,
+        "seed": str(picture.seed),
+        "steps": str(picture.steps),
+        "model": picture.model,
+        "size": f"{size[1]}x{size[0]}",
+        "weights": weights,
+    }
+
+
+def _is_there(picture: Picture, facts: dict[str, str]) -> bool:
+    paths = [picture.path] if picture.preview is None else [picture.path, picture.preview]
+    return all(_read_facts(path) == facts for path in paths)
+
+
+def _read_facts(path: Path) -> dict[str, str] | None:
+    if not path.exists():
+        return None
+    try:
+        with Image.open(path) as image:
+            return {str(key): str(value) for key, value in image.info.items()}
+    except OSError:  # torn or no picture: made again
+        return None
+
+
+def _save(image: Image.Image, path: Path, facts: dict[str, str]) -> None:
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value)
+    temporary = path.with_suffix(".tmp")
+    image.save(temporary, format="PNG", pnginfo=info)
+    os.replace(temporary, path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-preview.png")
 
 
 def _slug(prompt: str) -> str:
-    """A file name from a prompt; word characters of any script are kept."""
-    return re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
+    """A file name from a prompt; word characters of any script are kept.
+
+    Long prompts and other characters are lost; a few digits of a checksum tell such prompts apart.
+    """
+    words = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
+    if words.replace("-", " ") == prompt:
+        return words
+    return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"

@@ -13,8 +13,8 @@ class PromptError(UserError, ValueError):
     """A prompt file that cannot be used."""
 
 
-def load_prompts(source: str, count: int, seed: int = 0) -> list[str]:
-    """The first `count` distinct prompts of `source`.
+def load_prompts(source: str, count: int | None = None, seed: int = 0) -> list[str]:
+    """The first `count` distinct prompts of `source`, all of a file's if None.
 
     Args:
         source: `emoji` (captions of training scenes, two thirds English, one third Chinese), a
@@ -23,7 +23,9 @@ def load_prompts(source: str, count: int, seed: int = 0) -> list[str]:
     Raises:
         PromptError: unreadable file, bad line (named), or no prompts at all.
     """
-    prompts = _emoji(count, seed) if source == "emoji" else _read(Path(source))
+    if source == "emoji" and count is None:
+        raise PromptError("data.prompts: the embedded world has prompts without end; say how many")
+    prompts = _emoji(count, seed) if source == "emoji" and count else _read(Path(source))
     distinct = list(dict.fromkeys(p for p in prompts if p))[:count]
     if not distinct:
         raise PromptError(f"{source} holds no prompts")
