@@ -36,7 +36,7 @@ def trainer_of(recipe: Recipe) -> Trainer:
 
 
 def gradients(trainer: Trainer, warming: bool = False) -> tuple[list, list]:
-    batch = trainer._batch(0, 0)
+    batch = trainer.batches.read(0, 0)
     draws = Draws(0, 0, "student", CPU)
     turn = (
         trainer.student_turn.warmup(batch, draws) if warming else trainer.student_turn(batch, draws)
@@ -70,7 +70,7 @@ def test_end_to_end_gradient_equals_finite_differences(make_recipe: Make) -> Non
     trainer = trainer_of(make_recipe(losses={"step1": {"weight": 0.0}}))
     for role in (trainer.roles.first, trainer.roles.second):
         role.model.double()
-    batch = trainer._batch(0, 0)
+    batch = trainer.batches.read(0, 0)
     first = trainer.roles.first.parameters()
 
     def loss() -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_consistency_compares_neighbours_along_the_teachers_steps(make_recipe: M
             data={"cache": f"{make_recipe().data.cache}-{steps}"},
         )
         trainer = trainer_of(recipe)
-        batch = trainer._batch(0, 0)
+        batch = trainer.batches.read(0, 0)
         values[steps] = trainer.student_turn(batch, Draws(0, 0, "student", CPU)).loss
         assert not trainer.critic_turn(batch, Draws(0, 0, "critic", CPU)).terms
     assert values[1].item() == 0
@@ -488,11 +488,11 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     for i in range(3):
         Image.new("RGB", (50, 40 + i), (60 * i, 10, 200)).save(folder / f"{i}.png")
     trainer = trainer_of(make_recipe(data={"reals": str(folder)}))
-    assert trainer.reals is not None
-    assert trainer.reals.latents.shape == (3, 8, 8, 8)
-    batch = trainer._batch(0, 0)
+    assert trainer.batches.reals is not None
+    assert trainer.batches.reals.latents.shape == (3, 8, 8, 8)
+    batch = trainer.batches.read(0, 0)
     assert not torch.equal(batch.reals, batch.latents)
-    assert torch.equal(trainer_of(make_recipe("teacher"))._batch(0, 0).reals, batch.latents)
+    assert torch.equal(trainer_of(make_recipe("teacher")).batches.read(0, 0).reals, batch.latents)
     assert batch.real_prompts is batch.prompts  # no captions: judged under the student's prompts
     with pytest.raises(RecipeError, match="no images"):
         trainer_of(make_recipe("none", data={"reals": str(tmp_path / "runs")}))
@@ -501,9 +501,9 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     lines = [json.dumps({"file_name": f"{i}.png", "text": t}) for i, t in enumerate(captions)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     captioned = trainer_of(make_recipe("captioned", data={"reals": str(folder)}))
-    batch = captioned._batch(3, 0)
-    assert captioned.reals is not None
-    latents, embeds = captioned.reals.draw(3, 4)
+    batch = captioned.batches.read(3, 0)
+    assert captioned.batches.reals is not None
+    latents, embeds = captioned.batches.reals.draw(3, 4)
     assert torch.equal(batch.reals, latents)
     assert embeds is not None
     assert batch.real_prompts.lengths.tolist() == [len(e) for e in embeds]

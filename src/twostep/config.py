@@ -33,6 +33,9 @@ class Teacher(_Section):
     model: str = Field(description="a diffusers folder, or zoo:NAME for one inside the package")
     steps: Count = 8
     guidance_scale: NonNegative = 0.0
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="the frozen weights' type, of the score too"
+    )
 
 
 class Score(_Section):
@@ -151,6 +154,10 @@ class Training(_Section):
     turns: Count = Field(1000, description="student turns, the warm-up included")
     minutes: Positive | None = Field(None, description="stop after this time, whatever the turns")
     batch_size: Count = 24
+    micro_batch: Count | None = Field(
+        None,
+        description="samples at a time on each process, their gradients added up; empty: all",
+    )
     critic_turns: Count = Field(1, description="fake and critic turns for each student turn")
     critic_warmup_turns: Annotated[int, Field(ge=0)] = Field(
         20,
@@ -188,6 +195,20 @@ class Training(_Section):
     tensorboard: bool = False
 
 
+class Distributed(_Section):
+    """What several processes share, as torchrun starts them; nothing for one alone."""
+
+    sharding: Literal["replicate", "shard"] = Field(
+        "replicate", description="whole weights in every process, or FSDP2: a part in each"
+    )
+    shard_size: Count | None = Field(
+        None, description="processes that share one set of weights; empty: all (fewer is HSDP)"
+    )
+    cpu_offload: bool = Field(
+        False, description="with shard: weights, gradients and optimizer states in CPU memory"
+    )
+
+
 class Recipe(_Section):
     """One distillation. `Recipe.load` reads YAML and dotted overrides."""
 
@@ -204,6 +225,7 @@ class Recipe(_Section):
     fake: Fake = Fake()
     critic: Critic = Critic()
     training: Training = Training()
+    distributed: Distributed = Distributed()
     output: Path = Path("runs")
 
     @model_validator(mode="after")
@@ -228,6 +250,16 @@ class Recipe(_Section):
             )
         if self.student.parameters == "lora" and self.training.compile:
             raise ValueError("training.compile is not available with student.parameters: lora")
+        sharding = self.distributed
+        if sharding.sharding == "replicate" and (sharding.shard_size or sharding.cpu_offload):
+            raise ValueError(
+                "distributed.shard_size and cpu_offload need distributed.sharding: shard"
+            )
+        if sharding.sharding == "shard" and self.student.parameters == "lora":
+            raise ValueError(
+                "distributed.sharding: shard is for full sets of weights; with "
+                "student.parameters: lora every process holds the one backbone"
+            )
         if self.losses.warmup_turns > self.training.turns:
             raise ValueError(
                 f"losses.warmup_turns ({self.losses.warmup_turns}) exceeds "

@@ -37,9 +37,9 @@ def run_demo(minutes: float, out: Path, images: int) -> Path:
     overrides = [f"output={out.parent}", f"name={out.name}", f"data.cache={out}/cache"]
     recipe = Recipe.load(RECIPE, overrides)
     if (out / "report.json").exists():  # a finished demo starts anew; an interrupted one goes on
-        for name in ("checkpoints", "samples", "student", "images"):
+        for name in ("checkpoints", "samples", "student", "images", "best"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("report.json", "report.html", "metrics.jsonl", "best.safetensors"):
+        for name in ("report.json", "report.html", "metrics.jsonl"):
             (out / name).unlink(missing_ok=True)
     console.print("[bold]1/3[/] caching the teacher's samples")
     cache = teach(recipe)

@@ -90,11 +90,10 @@ def sample_sigma(
     generator: torch.Generator | None = None,
     low: float = 0.0,
     high: float = 1.0,
-    device: torch.device | str = "cpu",
 ) -> Tensor:
     """`count` noise levels in [low, high]: uniform before the time shift. Shape (count,), fp32."""
     start, end = float(unshift_sigma(low, shift)), float(unshift_sigma(high, shift))
-    uniform = torch.rand(count, generator=generator).to(device)
+    uniform = torch.rand(count, generator=generator)
     shifted = shift_sigma(start + (end - start) * uniform, shift)
     assert isinstance(shifted, Tensor)
     return shifted.clamp(low, high)

@@ -6,7 +6,7 @@ weights (`FullRole`) or is an adapter on a backbone that all roles share (`adapt
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from twostep.adapters import AdapterRole, SharedBackbone
-from twostep.backbones.model import load_velocity, read_index, resolve
+from twostep.backbones.model import load_velocity, read_architecture, read_index, resolve
 from twostep.backbones.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.config import Recipe, RecipeError
 from twostep.critic import CriticHeads
+from twostep.files import folder_fingerprint
 from twostep.rollout import VelocityField
 
 
@@ -122,96 +123,111 @@ class Roles:
         return modules
 
 
-def build_roles(recipe: Recipe, device: torch.device) -> Roles:
-    """Loads the teacher and makes every other role from it.
+# (folder, part, dtype) -> the part's transformer, where it is to run
+Load = Callable[[Path, str, torch.dtype], ZImageVelocity]
+
+
+def build_roles(recipe: Recipe, device: torch.device, load: Load | None = None) -> Roles:
+    """Loads the teacher and every other role.
 
     Student and fakes start from the teacher's weights, in fp32, unless the recipe names a student
     to start from; the score is the teacher unless it names another model.
+
+    Args:
+        load: how a transformer is loaded; whole and onto `device` if None.
 
     Raises:
         ModelError: for a model folder that cannot be used.
         RecipeError: if a critic layer does not exist, or `student.init` does not fit.
     """
-    compiled = recipe.training.compile
-    teacher_model = load_velocity(resolve(recipe.teacher.model))
-    layers = recipe.critic.layers
-    if not layers or max(layers) >= teacher_model.depth or sorted(set(layers)) != list(layers):
-        raise RecipeError(
-            f"critic.layers: expected ascending layers in 0..{teacher_model.depth - 1}, "
-            f"got {list(layers)}"
-        )
 
-    names = ["first"] if recipe.student.sharing == "shared" else ["first", "second"]
-    fake_names = ["fake1", "fake2"] if recipe.fake.models == "per_step" else ["fake1"]
-    teacher, trained = (_adapters if recipe.student.parameters == "lora" else _full_sets)(
-        recipe, teacher_model.to(device), [*names, *fake_names]
-    )
-    first, second = trained[names[0]], trained[names[-1]]
-    if recipe.student.init is not None:
-        _start_from(resolve(recipe.student.init), first, second)
-    fakes = tuple(trained[name] for name in fake_names)
+    def load_whole(folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
+        return load_velocity(folder, part, dtype).to(device)
+
+    load = load or load_whole
+    folder = resolve(recipe.teacher.model)
+    starts = _starts(recipe, folder)
+    _check_critic_layers(recipe, folder)
+    compiled, frozen_dtype = recipe.training.compile, getattr(torch, recipe.teacher.dtype)
+    trained: dict[str, Role]
+    if recipe.student.parameters == "lora":
+        model = load(folder, "transformer", getattr(torch, recipe.student.backbone_dtype))
+        backbone = _backbone(recipe, model, list(starts))
+        teacher: Role = AdapterRole(backbone)
+        trained = {name: AdapterRole(backbone, name) for name in starts}
+    else:
+        teacher = FullRole(load(folder, "transformer", frozen_dtype), False, compiled)
+        trained = {}
+        for name, (start, part) in starts.items():
+            own = load(start, part, torch.float32)
+            if recipe.training.checkpoint_activations:
+                own.enable_gradient_checkpointing()
+            trained[name] = FullRole(own, True, compiled)
+    fakes = tuple(role for name, role in trained.items() if name.startswith("fake"))
     score = teacher
     if recipe.score.model is not None:
         score = FullRole(
-            _load_score(resolve(recipe.score.model), teacher_model, device), False, compiled
+            _load_score(resolve(recipe.score.model), teacher.model, load, frozen_dtype),
+            False,
+            compiled,
         )
     # The heads are drawn from the recipe's seed, whatever was drawn before.
+    layers, width = len(recipe.critic.layers), recipe.critic.width
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
-        critic = CriticHeads(teacher_model.width, len(layers), recipe.critic.width).to(device)
-    return Roles(teacher, score, first, second, fakes, critic)
+        critic = CriticHeads(teacher.model.width, layers, width).to(device)
+    first = trained["first"]
+    return Roles(teacher, score, first, trained.get("second", first), fakes, critic)
 
 
-def _full_sets(
-    recipe: Recipe, model: ZImageVelocity, names: list[str]
-) -> tuple[Role, dict[str, Role]]:
-    settings = recipe.training
-    trained: dict[str, Role] = {}
-    for name in names:
-        own = copy.deepcopy(model)
-        if settings.checkpoint_activations:
-            own.enable_gradient_checkpointing()
-        trained[name] = FullRole(own, True, settings.compile)
-    return FullRole(model, False, settings.compile), trained
+def _starts(recipe: Recipe, teacher: Path) -> dict[str, tuple[Path, str]]:
+    """By trained role, the folder and part whose weights it starts from."""
+    from_teacher = (teacher, "transformer")
+    starts = {"first": from_teacher, "second": from_teacher}
+    if recipe.student.init is not None:
+        folder = resolve(recipe.student.init)
+        starts = {"first": (folder, "transformer"), "second": (folder, "transformer_2")}
+        _check_start(folder, teacher, recipe.student.sharing == "shared")
+    if recipe.student.sharing == "shared":
+        del starts["second"]
+    names = ("fake1", "fake2") if recipe.fake.models == "per_step" else ("fake1",)
+    return starts | dict.fromkeys(names, from_teacher)
 
 
-def _adapters(
-    recipe: Recipe, model: ZImageVelocity, names: list[str]
-) -> tuple[Role, dict[str, Role]]:
-    student, settings = recipe.student, recipe.training
-    model.to(getattr(torch, student.backbone_dtype))
-    backbone = SharedBackbone(model, names, student.rank, student.target_modules, settings.seed)
-    if settings.checkpoint_activations:
-        backbone.checkpoint_activations()
-    trained: dict[str, Role] = {name: AdapterRole(backbone, name) for name in names}
-    return AdapterRole(backbone), trained
-
-
-@torch.no_grad()
-def _start_from(folder: Path, first: Role, second: Role) -> None:
-    """Gives the steps the weights of another student."""
+def _check_start(folder: Path, teacher: Path, shared: bool) -> None:
     if "transformer_2" not in read_index(folder):
         raise RecipeError(f"student.init: {folder} is no two-step student")
-    found = [load_velocity(folder, part) for part in ("transformer", "transformer_2")]
-    if first is second and not _same(*found):
+    ours, theirs = (read_architecture(f) for f in (teacher, folder))
+    if ours != theirs:
+        raise RecipeError(f"student.init: {folder} is no student of this teacher")
+    parts = [folder_fingerprint(folder / part) for part in ("transformer", "transformer_2")]
+    if shared and parts[0] != parts[1]:
         raise RecipeError(
             f"student.init: the two steps of {folder} differ, student.parameters: shared needs "
             "them equal"
         )
-    for role, model in zip((first, second), found, strict=True):
-        try:
-            role.model.load_state_dict(model.state_dict())
-        except RuntimeError as error:
-            raise RecipeError(f"student.init: {folder} is no student of this teacher") from error
 
 
-def _same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+def _check_critic_layers(recipe: Recipe, teacher: Path) -> None:
+    layers, depth = recipe.critic.layers, int(read_architecture(teacher)["n_layers"])
+    if not layers or max(layers) >= depth or sorted(set(layers)) != list(layers):
+        raise RecipeError(
+            f"critic.layers: expected ascending layers in 0..{depth - 1}, got {list(layers)}"
+        )
 
 
-def _load_score(folder: Path, teacher: ZImageVelocity, device: torch.device) -> ZImageVelocity:
-    model = load_velocity(folder)
-    ours, theirs = teacher.channels, model.channels
+def _backbone(recipe: Recipe, model: ZImageVelocity, names: list[str]) -> SharedBackbone:
+    student, settings = recipe.student, recipe.training
+    backbone = SharedBackbone(model, names, student.rank, student.target_modules, settings.seed)
+    if settings.checkpoint_activations:
+        backbone.checkpoint_activations()
+    return backbone
+
+
+def _load_score(
+    folder: Path, teacher: ZImageVelocity, load: Load, dtype: torch.dtype
+) -> ZImageVelocity:
+    ours, theirs = teacher.channels, int(read_architecture(folder)["in_channels"])
     if ours != theirs:
         raise RecipeError(f"score.model: has {theirs} latent channels, the teacher has {ours}")
-    return model.to(device)
+    return load(folder, "transformer", dtype)

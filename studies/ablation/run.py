@@ -92,9 +92,8 @@ def train(recipe: Recipe, threads: int) -> None:
             stderr=log,
             check=True,
         )
-    for leftover in ("checkpoints", "samples", "best.safetensors"):
-        path = folder / leftover
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for leftover in ("checkpoints", "samples", "best"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
     done = json.loads((folder / "done.json").read_text())
     print(f"{folder.name}: {done['seconds']:.0f} s", flush=True)
 

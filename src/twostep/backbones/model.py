@@ -67,6 +67,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def read_architecture(folder: Path, part: str = "transformer") -> dict[str, Any]:
+    """The transformer's configuration: what makes two models interchangeable."""
+    config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 def read_shift(folder: Path) -> float:
     """The scheduler's time shift.
 

@@ -7,42 +7,44 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twostep.backbones.model import Decoder
-from twostep.backbones.zimage import PromptBatch
 from twostep.config import Recipe, RecipeError
 from twostep.devices import pick_device
 from twostep.errors import UserError
 from twostep.files import write_atomically
 from twostep.pictures import image_grid
 from twostep.pipeline import save_student
+from twostep.processes import local_device
 from twostep.provenance import git_commit, machine
-from twostep.reals import ExternalReals
 from twostep.roles import build_roles
 from twostep.rollout import TwoStep
 from twostep.teacher_cache import Plan, TeacherCache
+from twostep.training.batches import Batches
 from twostep.training.draws import Draws
 from twostep.training.ema import Ema
 from twostep.training.monitor import Monitor
 from twostep.training.progress import TurnProgress
+from twostep.training.sharding import Sharder, whole_transformer
 from twostep.training.state import Progress, TrainingState, list_checkpoints
-from twostep.training.turns import Batch, CriticTurn, StudentTurn
+from twostep.training.tensors import load_tensors, save_folder
+from twostep.training.turns import Batch, CriticTurn, StudentTurn, Turn
 from twostep.training.validation import Validation, Validator
+from twostep.training.world import World, whole
 
 # What may change between a run and its continuation: how long and how often, not what is learnt.
 _MAY_CHANGE = {
     "turns", "minutes", "log_every", "sample_every", "sample_prompts", "validate_every",
     "save_every", "keep_checkpoints", "tensorboard", "max_non_finite", "compile", "device",
-    "checkpoint_activations",
+    "checkpoint_activations", "micro_batch",
 }  # fmt: skip
 
 
@@ -67,21 +69,22 @@ class Trainer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, settings = recipe, recipe.training
-        self.device = pick_device(settings.device)
+        self.device = local_device(pick_device(settings.device))
+        self.world = World(self.device)
+        self.rows = self.world.rows(settings.batch_size, settings.micro_batch)
         self.plan = Plan.of(recipe)
         self.folder = recipe.run_folder
         _check_same_recipe(recipe, self.folder)
         self.cache = TeacherCache(self.plan)
         self.shift = self.plan.shift
         self.schedule = TwoStep(self.plan.step2_sigma, recipe.student.transition)
-        self.roles = build_roles(recipe, self.device)
+        sharded = recipe.distributed.sharding == "shard" and self.world.size > 1
+        load = Sharder(recipe, self.world).load if sharded else None
+        self.roles = build_roles(recipe, self.device, load)
         self.student_turn = StudentTurn(recipe, self.roles, self.schedule, self.shift)
         self.critic_turn = CriticTurn(recipe, self.roles, self.student_turn)
         self.decoder = Decoder.load(self.plan.teacher)
-        self.reals = None
-        if recipe.data.reals != "teacher":
-            size = (recipe.data.height, recipe.data.width)
-            self.reals = ExternalReals(Path(recipe.data.reals), self.plan.teacher, size)
+        self.batches = Batches(recipe, self.plan, self.cache, self.device)
         wants_trajectory = recipe.losses.warmup_step1_target == "trajectory"
         if wants_trajectory and self.cache.read([0]).trajectory is None:
             raise RecipeError(
@@ -97,7 +100,6 @@ class Trainer:
         checkpoints = list_checkpoints(self.folder / "checkpoints")
         if checkpoints:
             self.state.load(checkpoints[-1])
-        self.empty = PromptBatch.collate([self.cache.empty_embeds], self.device)
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         recipe = self.recipe
@@ -127,44 +129,59 @@ class Trainer:
         return min(1.0, share)
 
     def train(self) -> Path:
-        """Trains to the end and returns the student's folder.
+        """Trains to the end and returns the student's folder. Every process must call it.
 
         Raises:
             Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
             TrainingStopped: too many turns in a row were not finite.
         """
-        settings, progress = self.recipe.training, self.progress
-        self._describe_run()
+        try:
+            self._run()
+            return self.export()
+        finally:
+            self.world.leave()
+
+    def _run(self) -> None:
+        settings, progress, is_first = self.recipe.training, self.progress, self.world.is_first
+        if is_first:
+            self._describe_run()
         with self._autocast():
             validator = Validator(
-                self.recipe, self.roles, self.cache, self.schedule, self.shift, self.device
-            )
-        monitor = Monitor(self.folder, settings.tensorboard, progress.turn)
-        with _catch_signals() as caught, TurnProgress(settings.turns, settings.minutes) as bar:
+                self.recipe, self.roles, self.cache, self.schedule, self.shift, self.device,
+                self.world,
+            )  # fmt: skip
+        monitor = Monitor(self.folder, settings.tensorboard, progress.turn) if is_first else None
+        progress_bar = TurnProgress(settings.turns, settings.minutes, hidden=not is_first)
+        with _catch_signals() as caught, progress_bar as bar:
             while self._share_done() < 1:
                 started = time.monotonic()
                 values = self._one_turn()
-                progress.seconds += time.monotonic() - started
+                progress.seconds, signalled = self.world.largest(
+                    [progress.seconds + time.monotonic() - started, len(caught)]
+                )
                 turn, last = progress.turn, self._share_done() >= 1
-                started = time.monotonic()
                 if turn % settings.validate_every == 0 or last:
+                    started = time.monotonic()
                     values |= self._validate(
                         validator, draw=last or turn % settings.sample_every == 0
                     )
-                progress.seconds += time.monotonic() - started
-                if values and (turn % settings.log_every == 0 or "validation/diversity" in values):
+                    spent = progress.seconds + time.monotonic() - started
+                    (progress.seconds,) = self.world.largest([spent])
+                worth_a_line = turn % settings.log_every == 0 or "validation/diversity" in values
+                if monitor is not None and values and worth_a_line:
                     for alarm in monitor.record(turn, values):
                         bar.print(f"[yellow]alarm[/] {alarm}")
                     bar.show(turn, progress.seconds, values)
-                if turn % settings.save_every == 0 or last or caught:
-                    self.state.save(self.folder / "checkpoints", settings.keep_checkpoints)
-                if caught:
-                    monitor.close()
+                if turn % settings.save_every == 0 or last or signalled:
+                    folder = self.folder / "checkpoints"
+                    self.state.save(folder, settings.keep_checkpoints, self.world)
+                if signalled:
                     raise Interrupted(
-                        f"stopped by {caught[0]} at turn {turn}; state saved. Run it again to go on"
+                        f"stopped by {caught[0] if caught else 'another process'} at turn {turn}; "
+                        "state saved. Run it again to go on"
                     )
-        monitor.close()
-        return self.export()
+        if monitor is not None:
+            monitor.close()
 
     def _one_turn(self) -> dict[str, float]:
         """A student turn, after the critic turns that go before it; what to log of it."""
@@ -186,43 +203,61 @@ class Trainer:
     def _critic_step(self) -> dict[str, Tensor]:
         number = self.progress.critic_turn
         self.progress.critic_turn += 1
-        # Other data than the student turns read, in an order of its own.
-        batch = self._batch(number, self.recipe.training.seed + 2)
-        with self._autocast():
-            draws = Draws(self.recipe.training.seed, number, "critic", self.device)
-            turn = self.critic_turn(batch, draws)
-        if not turn.terms:
-            return {}
-        for name in ("fake", "critic"):
-            self.state.optimizers[name].zero_grad()
-        turn.loss.backward()
         trained = {
             "fake": self.roles.fake_parameters(),
             "critic": list(self.roles.critic.parameters()),
         }
+        for name in trained:
+            self.state.optimizers[name].zero_grad()
+        # Other data than the student turns read, in an order of its own.
+        seed = self.recipe.training.seed + 2
+        terms = self._gradients(self.critic_turn, number, seed, "critic")
+        if not terms:
+            return {}
+        for parameters in trained.values():
+            self.world.average_gradients(parameters)
         norms = {name: self._clip(parameters) for name, parameters in trained.items()}
-        if self._accept(turn.loss, *norms.values()):
+        if self._accept(terms.pop("loss"), *norms.values()):
             for name in trained:
                 self.state.optimizers[name].step()
-        return turn.terms
+        return terms
 
     def _student_step(self, warming: bool) -> dict[str, Tensor]:
-        number = self.progress.turn
-        batch = self._batch(number, self.recipe.training.seed)
-        optimizer = self.state.optimizers["student"]
-        with self._autocast():
-            draws = Draws(self.recipe.training.seed, number, "student", self.device)
-            turn = (self.student_turn.warmup if warming else self.student_turn)(batch, draws)
+        optimizer, parameters = self.state.optimizers["student"], self.roles.student_parameters()
         optimizer.zero_grad()
-        turn.loss.backward()
+        turn = self.student_turn.warmup if warming else self.student_turn
+        terms = self._gradients(turn, self.progress.turn, self.recipe.training.seed, "student")
+        self.world.average_gradients(parameters)
         norms = {"gradient_norm/first": _norm(self.roles.first.parameters())}
         if not self.roles.shared:
             norms["gradient_norm/second"] = _norm(self.roles.second.parameters())
-        total = self._clip(self.roles.student_parameters())
-        if self._accept(turn.loss, total):
+        total = self._clip(parameters)
+        if self._accept(terms["loss"], total):
             optimizer.step()
             self.state.ema.update()
-        return {"loss": turn.loss.detach(), **turn.terms, **norms}
+        return {**terms, **norms}
+
+    def _gradients(
+        self, compute: Callable[[Batch, Draws], Turn], number: int, seed: int, purpose: str
+    ) -> dict[str, Tensor]:
+        """Adds up the gradients of this process's rows; `loss` and its terms, of the whole batch.
+
+        Empty if there is nothing to learn.
+        """
+        total: dict[str, Tensor] = {}
+        settings = self.recipe.training
+        for rows in self.rows:
+            batch = self.batches.read(number, seed, rows)
+            draws = Draws(settings.seed, number, purpose, self.device, rows, settings.batch_size)
+            with self._autocast():
+                turn = compute(batch, draws)
+            if not turn.terms:
+                return {}
+            (turn.loss / len(self.rows)).backward()
+            for key, value in {"loss": turn.loss.detach(), **turn.terms}.items():
+                part = value / len(self.rows)
+                total[key] = total[key] + part if key in total else part
+        return self.world.mean(total)
 
     def _accept(self, *values: Tensor) -> bool:
         """Whether a step may be taken; counts the refused ones and gives up after too many."""
@@ -242,7 +277,8 @@ class Trainer:
         return False
 
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
-        return nn.utils.clip_grad_norm_(parameters, self.recipe.training.max_gradient_norm)
+        limit = self.recipe.training.max_gradient_norm
+        return whole(nn.utils.clip_grad_norm_(parameters, limit))
 
     def _set_rates(self) -> None:
         settings, share = self.recipe.training, self._share_done()
@@ -265,28 +301,6 @@ class Trainer:
         first = settings.warmup_learning_rate or settings.learning_rate
         return settings.learning_rate + left * (first - settings.learning_rate)
 
-    def _batch(self, number: int, seed: int) -> Batch:
-        size = self.recipe.training.batch_size
-        samples = self.cache.read(self.cache.batch_ids(number, size, seed))
-        latents = samples.latents.to(self.device)
-        prompts = PromptBatch.collate(samples.embeds, self.device)
-        reals, real_prompts = latents, prompts
-        if self.reals is not None:
-            reals, embeds = self.reals.draw(number, size)
-            reals = reals.to(self.device)
-            if embeds is not None:
-                real_prompts = PromptBatch.collate(embeds, self.device)
-        trajectory = samples.trajectory
-        return Batch(
-            noise=samples.noise.to(self.device),
-            latents=latents,
-            trajectory=None if trajectory is None else trajectory.to(self.device),
-            reals=reals,
-            real_prompts=real_prompts,
-            prompts=prompts,
-            empty=self.empty.expand(size),
-        )
-
     def _autocast(self) -> AbstractContextManager[Any]:
         if not self.recipe.training.autocast:
             return nullcontext()
@@ -295,14 +309,18 @@ class Trainer:
     def _validate(self, validator: Validator, draw: bool) -> dict[str, float]:
         with self.state.ema.applied(), self._autocast():
             seen = validator.measure()
-        score, progress = seen.metrics["kernel_distance"], self.progress
+        progress = self.progress
+        # All processes must see the same number, whatever their rounding.
+        (score,) = self.world.largest([seen.metrics["kernel_distance"]])
         if progress.best_score is None or score < progress.best_score:
             progress.best_score, progress.best_turn = score, progress.turn
-            best = {str(i): v.cpu().clone() for i, v in enumerate(self.state.ema.values)}
-            write_atomically(self.folder / "best.safetensors", lambda p: save_file(best, p))
-        if draw:
+            save_folder(self._best(), self.folder / "best", self.world)
+        if draw and self.world.is_first:
             self._draw(validator, seen)
         return {f"validation/{k}": v for k, v in seen.metrics.items()}
+
+    def _best(self) -> dict[str, Tensor]:
+        return {str(index): value for index, value in enumerate(self.state.ema.values)}
 
     def _draw(self, validator: Validator, seen: Validation) -> None:
         k = self.recipe.training.sample_prompts
@@ -319,19 +337,14 @@ class Trainer:
 
     def export(self) -> Path:
         """Writes the best student as a diffusers folder and returns it."""
-        best = load_file(self.folder / "best.safetensors")
-        with torch.no_grad():
-            for index, value in enumerate(self.state.ema.values):
-                value.copy_(best[str(index)])
+        load_tensors(self._best(), self.folder / "best")
         folder = self.folder / "student"
         with self.state.ema.applied():
-            save_student(
-                self.plan.teacher,
-                self.roles.first.transformer(),
-                self.roles.second.transformer(),
-                self.schedule,
-                folder,
-            )
+            steps = (self.roles.first, self.roles.second)
+            first, second = (whole_transformer(role.transformer()) for role in steps)
+            if self.world.is_first:
+                save_student(self.plan.teacher, first, second, self.schedule, folder)
+        self.world.wait()
         return folder
 
     def _describe_run(self) -> None:
@@ -351,7 +364,7 @@ class Trainer:
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return nn.utils.get_total_norm(gradients)
+    return whole(nn.utils.get_total_norm(gradients))
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -363,7 +376,9 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     differing = [
         f"{key} was {begun.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(begun.keys() | now.keys())
-        if begun.get(key) != now.get(key) and key.removeprefix("training.") not in _MAY_CHANGE
+        if begun.get(key) != now.get(key)
+        and key.removeprefix("training.") not in _MAY_CHANGE
+        and not key.startswith("distributed.")
     ]
     if differing:
         raise RecipeError(

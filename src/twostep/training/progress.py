@@ -22,9 +22,9 @@ _LINE_SECONDS = 30.0
 class TurnProgress:
     """Turns, losses and time left, on stderr."""
 
-    def __init__(self, turns: int, minutes: float | None) -> None:
+    def __init__(self, turns: int, minutes: float | None, hidden: bool = False) -> None:
         self.turns, self.minutes = turns, minutes
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=hidden)
         self._bars = Progress(
             TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[left]} {task.fields[losses]}"), console=self.console,

@@ -8,14 +8,14 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twostep.errors import UserError
 from twostep.training.ema import Ema
+from twostep.training.tensors import load_tensors, save_tensors, stored_names
+from twostep.training.world import World
 
 _NAME = re.compile(r"turn-(\d{7})$")
 
@@ -46,73 +46,89 @@ class TrainingState:
     ema: Ema
     progress: Progress
 
-    def save(self, folder: Path, keep: int) -> Path:
-        """Writes `folder/turn-NNNNNNN`, then removes all but the last `keep` checkpoints."""
+    def save(self, folder: Path, keep: int, world: World | None = None) -> Path:
+        """Writes `folder/turn-NNNNNNN`, then removes all but the last `keep` checkpoints.
+
+        Among several processes each writes its part; all must call it.
+        """
         target = folder / f"turn-{self.progress.turn:07d}"
         temporary = folder / f".{target.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tensors, groups = self._collect()
-        save_file(tensors, temporary / "state.safetensors")
-        record = {
-            "progress": asdict(self.progress),
-            "ema_updates": self.ema.updates,
-            "optimizer_groups": groups,
-        }
-        (temporary / "state.json").write_text(json.dumps(record, indent=1))
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        is_first = world is None or world.is_first
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            record = {
+                "progress": asdict(self.progress),
+                "ema_updates": self.ema.updates,
+                "optimizer_groups": {
+                    name: optimizer.state_dict()["param_groups"]
+                    for name, optimizer in self.optimizers.items()
+                },
+            }
+            (temporary / "state.json").write_text(json.dumps(record, indent=1))
+        if world is not None:
+            world.wait()
+        save_tensors(self._tensors(), temporary, "state.safetensors", world)
+        if is_first:
+            for path in (*temporary.iterdir(), temporary):
+                _sync(path)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            for old in list_checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+        if world is not None:
+            world.wait()
         return target
 
-    def _collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, the live ones."""
         tensors: dict[str, Tensor] = {}
         for name, module in self.modules.items():
             for key, value in module.state_dict().items():
                 tensors[f"module/{name}/{key}"] = value
-        groups: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
-            state = optimizer.state_dict()
-            groups[name] = state["param_groups"]
-            for index, values in state["state"].items():
+            for index, values in optimizer.state_dict()["state"].items():
                 for key, value in values.items():
-                    tensors[f"optimizer/{name}/{index}/{key}"] = torch.as_tensor(value)
+                    tensors[f"optimizer/{name}/{index}/{key}"] = value
         for index, value in enumerate(self.ema.values):
             tensors[f"ema/{index}"] = value
-        # Own memory for each: safetensors refuses tensors that share storage.
-        return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, groups
+        return tensors
 
     def load(self, checkpoint: Path) -> None:
-        """Restores everything in place.
+        """Restores everything in place, whatever the number of processes that wrote it.
 
         Raises:
             CheckpointError: if it is damaged or belongs to another recipe.
         """
         try:
             record = json.loads((checkpoint / "state.json").read_text())
-            tensors = load_file(checkpoint / "state.safetensors")
-            for name, module in self.modules.items():
-                module.load_state_dict(_under(tensors, f"module/{name}/"))
+            names = stored_names(checkpoint)
             for name, optimizer in self.optimizers.items():
-                state: dict[int, dict[str, Tensor]] = {}
-                for key, value in _under(tensors, f"optimizer/{name}/").items():
-                    number, field = key.split("/", 1)
-                    state.setdefault(int(number), {})[field] = value
-                groups = record["optimizer_groups"][name]
-                optimizer.load_state_dict({"state": state, "param_groups": groups})
-            for index, value in enumerate(self.ema.values):
-                value.copy_(tensors[f"ema/{index}"])
+                _make_states(optimizer, f"optimizer/{name}/", names)
+                for group, saved in zip(
+                    optimizer.param_groups, record["optimizer_groups"][name], strict=True
+                ):
+                    group.update({k: v for k, v in saved.items() if k != "params"})
+            tensors = self._tensors()
+            if tensors.keys() != names:
+                raise ValueError(f"it holds other tensors: {sorted(tensors.keys() ^ names)[:3]}")
+            load_tensors(tensors, checkpoint)
             self.ema.updates = record["ema_updates"]
             self.progress.__dict__.update(record["progress"])
         except Exception as error:
             raise CheckpointError(f"{checkpoint} cannot be resumed: {error}") from error
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def _make_states(optimizer: torch.optim.Optimizer, prefix: str, names: set[str]) -> None:
+    """Gives an AdamW that has not stepped yet the states that `names` has for it, to be filled."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        if f"{prefix}{index}/step" in names:
+            optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from twostep.roles import Roles, bind_role
 from twostep.rollout import Rollout, TwoStep, euler, guided, seeded_noise, two_step
 from twostep.sampler import transition_noise
 from twostep.teacher_cache import TeacherCache
+from twostep.training.world import World
 
 # Nearly clean: the features must see the picture, yet stay where the teacher was trained.
 _FEATURE_SIGMA = 0.1
@@ -33,8 +35,7 @@ class Validation:
 class Validator:
     """Fixed prompts and noise that training never uses; two seeds a prompt.
 
-    Args:
-        count: images to compare.
+    Several processes share the images and then all know all of them.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Validator:
         schedule: TwoStep,
         shift: float,
         device: torch.device,
+        world: World,
     ) -> None:
         self.recipe, self.roles, self.schedule, self.device = recipe, roles, schedule, device
+        self.world = world
         count = min(recipe.training.validation_samples, 2 * len(cache)) // 2 * 2
         ids = cache.batch_ids(0, count // 2, seed=recipe.training.seed + 1)
         samples = cache.read(ids)
@@ -73,15 +76,19 @@ class Validator:
     @torch.no_grad()
     def _teacher(self, sigmas: list[float]) -> Tensor:
         parts = []
-        for rows in torch.arange(len(self.noise)).split(_BATCH):
+        for rows in self._parts(len(self.noise)):
             prompts = self._prompts(self.embeds, rows)
             scale = self.recipe.teacher.guidance_scale
             empty = PromptBatch.collate([self.empty], self.device).expand(len(rows))
             field = guided(
                 bind_role(self.roles.teacher, prompts), bind_role(self.roles.teacher, empty), scale
             )
-            parts.append(euler(field, self.noise[rows].to(self.device), sigmas).cpu())
-        return torch.cat(parts)
+            parts.append(euler(field, self.noise[rows].to(self.device), sigmas))
+        return self.world.gather(torch.cat(parts), len(self.noise))
+
+    def _parts(self, count: int) -> Sequence[Tensor]:
+        """Batches of this process's share of `count` rows."""
+        return torch.tensor(self.world.share(count)).split(_BATCH)
 
     def _prompts(self, embeds: list[Tensor], rows: Tensor) -> PromptBatch:
         return PromptBatch.collate([embeds[i] for i in rows.tolist()], self.device)
@@ -90,7 +97,7 @@ class Validator:
     def student(self) -> Rollout:
         """The student's rollout from the validation noise, on CPU."""
         parts = []
-        for rows in torch.arange(len(self.noise)).split(_BATCH):
+        for rows in self._parts(len(self.noise)):
             prompts = self._prompts(self.embeds, rows)
             noise = self.noise[rows].to(self.device)
             fresh = transition_noise(noise) if self.schedule.transition == "renoise" else None
@@ -98,7 +105,7 @@ class Validator:
             parts.append(two_step(first, second, noise, self.schedule, transition_noise=fresh))
         return Rollout(
             *(
-                torch.cat([getattr(p, n).cpu() for p in parts])
+                self.world.gather(torch.cat([getattr(p, n) for p in parts]), len(self.noise))
                 for n in ("clean1", "latents2", "clean2")
             )
         )
@@ -108,7 +115,7 @@ class Validator:
         """Mean and spread over tokens of the teacher's middle hidden states, fp64 (N, 2 * dim)."""
         model: ZImageVelocity = self.roles.teacher.model
         parts = []
-        for rows in torch.arange(len(latents)).split(_BATCH):
+        for rows in self._parts(len(latents)):
             noisy = add_noise(latents[rows], self.feature_noise[rows], _FEATURE_SIGMA)
             sigma = torch.full((len(rows),), _FEATURE_SIGMA, device=self.device)
             taps = (model.depth // 2,)
@@ -116,8 +123,8 @@ class Validator:
                 noisy.to(self.device), sigma, self._prompts(embeds, rows), taps
             )
             hidden = out.hidden[0].double()
-            parts.append(torch.cat([hidden.mean(1), hidden.std(1)], dim=1).cpu())
-        return torch.cat(parts)
+            parts.append(torch.cat([hidden.mean(1), hidden.std(1)], dim=1))
+        return self.world.gather(torch.cat(parts), len(latents))
 
     def measure(self) -> Validation:
         """Compares the student as it is now with the teacher.

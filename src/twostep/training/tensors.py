@@ -1,0 +1,68 @@
+"""Named tensors, sharded or whole, in folders of safetensors.
+
+One process writes one file. Several write a file each by torch's distributed checkpointing, in
+safetensors too: nothing here is ever unpickled. Either can be read by any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twostep.training.world import World
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], folder: Path, name: str, world: World | None = None
+) -> None:
+    """Writes `folder/name`, or among several processes a file for each. `folder` must exist."""
+    if world is None or world.size == 1:
+        # Own memory for each: safetensors refuses tensors that share storage.
+        whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+        save_file(whole, folder / name)
+        return
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer)
+
+
+def save_folder(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
+    """Replaces `folder` by one that holds `tensors`; every process must call it."""
+    temporary, replaced = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    if world.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.wait()
+    save_tensors(tensors, temporary, "weights.safetensors", world)
+    if world.is_first:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(temporary, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    world.wait()
+
+
+def load_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fills `tensors` in place from what `save_tensors` wrote."""
+    with warnings.catch_warnings():
+        # Alone it says that no process group is there; that is meant.
+        warnings.simplefilter("ignore", UserWarning)
+        state = {key: value.detach() for key, value in tensors.items()}
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Names of all tensors in `folder`."""
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    return names
