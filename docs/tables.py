@@ -131,11 +131,35 @@ def study_facts(results: dict[str, Any]) -> str:
     )
 
 
+def generate_table(results: dict[str, Any]) -> str:
+    """One row per case of benchmarks/generate.py."""
+    lines = [
+        "| batch | options | steps | ms an image | text | steps | decoding | peak MiB | of the "
+        "teacher's time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in results["cases"]:
+        steps = case["steps_taken"]
+        times = (case["total"], case["text"], sum(case["steps"]), case["decode"])
+        memory = case["peak_memory_bytes"]
+        lines.append(
+            f"| {case['batch']} | {case['option']} | {steps} | "
+            + " | ".join(f"{1e3 * t:.1f}" for t in times)
+            + f" | {'–' if memory is None else round(memory / 2**20)} | {case['ratio']:.2f} |"
+        )
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}, {results['dtype']}; the best of {results['rounds']} rounds."
+    )
+    return "\n".join([*lines, "", note])
+
+
 ABLATION = DOCS / "results" / "ablation.json"
 RESULTS = DOCS / "results.md"
 TABLES = {
     "demo": (DOCS.parent / "README.md", DOCS / "results" / "demo.json", demo_table),
     "teacher": (DOCS / "teacher.md", DOCS / "results" / "emoji-teacher.json", teacher_table),
+    "generate": (DOCS / "inference.md", DOCS / "results" / "generate.json", generate_table),
     "study": (RESULTS, ABLATION, study_facts),
     **{
         name: (RESULTS, ABLATION, partial(study_table, table=name))

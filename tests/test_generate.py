@@ -137,11 +137,10 @@ def test_compare_shows_each_model_at_equal_noise(
     models = [f"{tiny_folder}@2", str(student)]
     path = compare(models, ["a dog"], tmp_path / "c.png", seed=5, size=SIZE, preview=True)
     picture = pixels(path)
-    rows = [
-        next(generate(["a dog"], str(tiny_folder), tmp_path, seed=5, steps=2, size=SIZE)).path,
-        next(generate(["a dog"], str(student), tmp_path, 5, size=SIZE, preview=True)).preview,
-        next(generate(["a dog"], str(student), tmp_path, 5, size=SIZE, preview=True)).path,
-    ]
+    teachers, students = tmp_path / "teacher", tmp_path / "student"
+    (teacher,) = generate(["a dog"], str(tiny_folder), teachers, 5, steps=2, size=SIZE)
+    (made,) = generate(["a dog"], str(student), students, 5, size=SIZE, preview=True)
+    rows = [teacher.path, made.preview, made.path]
     images = []
     for row in rows:
         assert row is not None

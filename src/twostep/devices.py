@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.config import RecipeError
 
@@ -18,3 +22,11 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise RecipeError("training.device: cuda was asked for, but torch sees no CUDA device")
     return torch.device(name)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as matrix products and a softmax, which a compiler can fuse; bf16 stays bf16."""
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # on CPU too, despite its name
+    with sdpa_kernel(SDPBackend.MATH):
+        yield

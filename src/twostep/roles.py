@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch._dynamo as dynamo
 from torch import Tensor, nn
 
 from twostep.adapters import AdapterRole, SharedBackbone
@@ -54,7 +55,7 @@ class FullRole:
 
     def __init__(self, model: ZImageVelocity, trainable: bool, compiled: bool = False) -> None:
         self.model = model.requires_grad_(trainable)
-        self._forward = torch.compile(model, fullgraph=True) if compiled else model
+        self._forward = _compiled(model) if compiled else model
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
@@ -70,6 +71,14 @@ class FullRole:
     def transformer(self) -> nn.Module:
         transformer: nn.Module = self.model.transformer
         return transformer
+
+
+def _compiled(model: ZImageVelocity) -> Callable[..., Prediction]:
+    # All roles run one piece of code: with and without gradient, with and without taps, in the
+    # batch sizes of training and validation. Each is a graph of its own, of fixed shapes.
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+    compiled: Callable[..., Prediction] = torch.compile(model, fullgraph=True, dynamic=False)
+    return compiled
 
 
 def bind_role(role: Role, prompts: PromptBatch) -> VelocityField:
@@ -175,7 +184,9 @@ def build_roles(recipe: Recipe, device: torch.device, load: Load | None = None) 
     layers, width = len(recipe.critic.layers), recipe.critic.width
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
-        critic = CriticHeads(teacher.model.width, layers, width).to(device)
+        critic = CriticHeads(teacher.model.width, layers, width)
+    if device.type != "cpu":  # drawn on the CPU, so that every device has the same
+        critic.to(device)
     first = trained["first"]
     return Roles(teacher, score, first, trained.get("second", first), fakes, critic)
 

@@ -96,6 +96,13 @@ class Sampler:
         sampler.decoder.vae.to(device)
         return sampler
 
+    def compile(self) -> None:
+        """Compiles transformers and decoder: the first picture of a size and batch takes long."""
+        self.field.compile(dynamic=False)
+        if self.second is not None:
+            self.second.compile(dynamic=False)
+        self.decoder.vae.decoder.compile(dynamic=False)
+
     @property
     def device(self) -> torch.device:
         return next(self.field.parameters()).device

@@ -61,13 +61,13 @@ ROWS: dict[str, Row] = {
     "renoise": Row(("student.transition=renoise",)),
     "guided_base": Row(("score.model=zoo:emoji-base", "score.guidance_scale=2")),
     "decoupled_guidance": Row(_BASE_WITH_GUIDANCE_BELOW),
-    "no_warmup": Row(start="teacher", turns=1.9),
+    "no_warmup": Row(start="teacher", turns=2.8),
     # Other methods in the same trainer: our implementations of those papers.
-    "more_regression": Row(turns=5.9, only_warmup=True),
+    "more_regression": Row(turns=6.3, only_warmup=True),
     "trajectory": Row(
         ("losses.warmup_step1_target=trajectory",),
         "teacher",
-        11.0,
+        16.3,
         only_warmup=True,
         paper="progressive distillation, arXiv 2202.00512",
     ),
@@ -80,7 +80,7 @@ ROWS: dict[str, Row] = {
             "losses.step1.weight=0",
         ),
         "teacher",
-        13.0,
+        19.6,
         paper="latent consistency distillation, arXiv 2310.04378",
     ),
     "ladd": Row(
@@ -93,7 +93,7 @@ ROWS: dict[str, Row] = {
             "losses.step1.weight=0",
         ),
         "one",
-        1.8,
+        2.1,
         paper="arXiv 2403.12015",
     ),
     "dmd2": Row(
@@ -109,7 +109,7 @@ ROWS: dict[str, Row] = {
             "fake.models=one",
         ),
         "one",
-        0.5,
+        0.42,
         paper="arXiv 2405.14867",
     ),
     "decoupled_dmd": Row(
@@ -124,7 +124,7 @@ ROWS: dict[str, Row] = {
             "fake.models=one",
         ),
         "one",
-        1.0,
+        1.13,
         paper="arXiv 2511.22677",
     ),
 }

@@ -41,7 +41,7 @@ QUICK = (
     "training.validate_every=4", "training.batch_size=8",
 )  # fmt: skip
 # The warm start: this many turns of regression, at a higher rate.
-WARM_TURNS, QUICK_WARM_TURNS = 250, 20
+WARM_TURNS, QUICK_WARM_TURNS = 200, 20
 WARM = ("training.batch_size=24", "training.warmup_learning_rate=4e-4")
 # The row whose end, on average, is the quality that "turns to reach" asks for.
 MARK = "dmd"

@@ -102,6 +102,20 @@ def load_velocity(
     return ZImageVelocity(transformer).eval()
 
 
+def unloaded_transformer(folder: Path, part: str, dtype: torch.dtype) -> ZImageTransformer2DModel:
+    """The folder's transformer as its configuration describes it; its weights mean nothing.
+
+    For use where tensors have no memory yet: on the meta device, or as fake tensors.
+    """
+    config = ZImageTransformer2DModel.load_config(folder, subfolder=part)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return ZImageTransformer2DModel.from_config(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
 class PromptEncoder:
     """Prompts to embeddings, as `ZImagePipeline.encode_prompt` makes them.
 

@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from twostep.backbones.model import Decoder
 from twostep.config import Recipe, RecipeError
-from twostep.devices import pick_device
+from twostep.devices import pick_device, plain_attention
 from twostep.errors import UserError
 from twostep.files import write_atomically
 from twostep.pictures import image_grid
@@ -145,7 +145,7 @@ class Trainer:
         settings, progress, is_first = self.recipe.training, self.progress, self.world.is_first
         if is_first:
             self._describe_run()
-        with self._autocast():
+        with self._computing():
             validator = Validator(
                 self.recipe, self.roles, self.cache, self.schedule, self.shift, self.device,
                 self.world,
@@ -249,7 +249,7 @@ class Trainer:
         for rows in self.rows:
             batch = self.batches.read(number, seed, rows)
             draws = Draws(settings.seed, number, purpose, self.device, rows, settings.batch_size)
-            with self._autocast():
+            with self._computing():
                 turn = compute(batch, draws)
             if not turn.terms:
                 return {}
@@ -301,13 +301,19 @@ class Trainer:
         first = settings.warmup_learning_rate or settings.learning_rate
         return settings.learning_rate + left * (first - settings.learning_rate)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if not self.recipe.training.autocast:
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The precision and the attention kernel of every forward."""
+        settings = self.recipe.training
+        precision = torch.autocast(self.device.type, torch.bfloat16, settings.autocast)
+        # Compiled for a CPU, plain matrix products beat flash attention, whose backward pass there
+        # takes a third of a turn (docs/log.md).
+        plain = settings.compile and self.device.type == "cpu"
+        with precision, plain_attention() if plain else nullcontext():
+            yield
 
     def _validate(self, validator: Validator, draw: bool) -> dict[str, float]:
-        with self.state.ema.applied(), self._autocast():
+        with self.state.ema.applied(), self._computing():
             seen = validator.measure()
         progress = self.progress
         # All processes must see the same number, whatever their rounding.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from diffusers import ZImageTransformer2DModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from twostep.backbones.model import unloaded_transformer
 from twostep.backbones.zimage import ZImageVelocity
 from twostep.config import Recipe, RecipeError
 from twostep.training.world import World, whole
@@ -46,9 +46,8 @@ class Sharder:
         self, folder: Path, part: str = "transformer", dtype: torch.dtype = torch.float32
     ) -> ZImageVelocity:
         """The folder's transformer; each process reads its own part of the files."""
-        config = ZImageTransformer2DModel.load_config(folder, subfolder=part)
         with torch.device("meta"):
-            transformer = ZImageTransformer2DModel.from_config(config).to(dtype)
+            transformer = unloaded_transformer(folder, part, dtype)
         model = ZImageVelocity(transformer).eval()
         blocks = [*transformer.layers, *transformer.noise_refiner, *transformer.context_refiner]
         for module in (*blocks, model):

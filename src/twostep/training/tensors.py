@@ -1,7 +1,7 @@
 """Named tensors, sharded or whole, in folders of safetensors.
 
-One process writes one file. Several write a file each by torch's distributed checkpointing, in
-safetensors too: nothing here is ever unpickled. Either can be read by any number of processes.
+One process writes one file. Several write a file each by torch's distributed checkpointing, whose
+own format would run code when it is read; this one does not. Any number of processes can read both.
 """
 
 from __future__ import annotations

@@ -1,0 +1,212 @@
+"""Several processes give what one gives: losses, weights, checkpoints, students."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from twostep.config import Recipe, RecipeError
+from twostep.teach import teach
+from twostep.training.draws import Draws
+from twostep.training.loop import Trainer
+from twostep.training.monitor import read_metrics
+from twostep.training.state import list_checkpoints
+from twostep.training.tensors import load_tensors
+from twostep.training.world import World
+
+Make = Callable[..., Recipe]
+CPU = torch.device("cpu")
+KILLED_IN_SAVE = Path(__file__).with_name("killed_in_save.py")
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def distill(recipe: Recipe, processes: int, tmp_path: Path) -> None:
+    path = tmp_path / f"{recipe.name}.yaml"
+    path.write_text(recipe.to_yaml())
+    result = torchrun(processes, "-m", "twostep", "distill", str(path))
+    assert result.returncode == 0, result.stderr
+
+
+def final_state(recipe: Recipe, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The last checkpoint's tensors, put together from however many files it has."""
+    found = {key: torch.zeros_like(value) for key, value in like.items()}
+    load_tensors(found, list_checkpoints(recipe.run_folder / "checkpoints")[-1])
+    return found
+
+
+def assert_same_run(one: Recipe, other: Recipe, tiny_folder: Path) -> None:
+    """Equal losses, and weights that differ by far less than training moved them."""
+    last = list_checkpoints(one.run_folder / "checkpoints")[-1]
+    alone = load_file(last / "state.safetensors")
+    together = final_state(other, alone)
+    start = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    compared = 0
+    for key, value in alone.items():
+        kind, role, *rest = key.split("/")
+        if kind != "module":
+            continue
+        begun = start.get(rest[0].removeprefix("transformer."), torch.zeros_like(value))
+        moved = (value - begun).norm()
+        assert (value - together[key]).norm() <= 0.02 * moved + 1e-6, key
+        compared += int(moved > 0 and role in ("first", "fake1"))
+    assert compared > 10
+    losses = [[r["loss"] for r in read_metrics(r.run_folder) if "loss" in r] for r in (one, other)]
+    assert len(losses[0]) == len(losses[1]) > 0
+    torch.testing.assert_close(*(torch.tensor(values) for values in losses), rtol=1e-3, atol=1e-5)
+
+
+LORA: dict[str, Any] = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("student", "distributed", "micro_batch"),
+    [
+        ({"parameters": "decoupled"}, {}, None),
+        ({"parameters": "decoupled"}, {"sharding": "shard"}, 1),
+        ({"parameters": "shared"}, {"sharding": "shard"}, None),
+        (LORA, {}, 1),
+    ],
+    ids=["replicate", "shard-accumulate", "shard-shared", "lora-accumulate"],
+)
+def test_two_processes_equal_one(
+    make_recipe: Make,
+    tmp_path: Path,
+    tiny_folder: Path,
+    student: dict[str, Any],
+    distributed: dict[str, Any],
+    micro_batch: int | None,
+) -> None:
+    alone = make_recipe("alone", student=student)
+    teach(alone)
+    Trainer(alone).train()
+    together = make_recipe(
+        "together",
+        student=student,
+        distributed=distributed,
+        training={"micro_batch": micro_batch},
+    )
+    distill(together, 2, tmp_path)
+    assert_same_run(alone, together, tiny_folder)
+    for part in ("transformer", "transformer_2"):
+        name = f"student/{part}/diffusion_pytorch_model.safetensors"
+        ours, theirs = (load_file(r.run_folder / name) for r in (alone, together))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(value, theirs[key], rtol=0.02, atol=2e-3)
+
+
+def test_accumulated_gradients_equal_the_whole_batch(make_recipe: Make, tiny_folder: Path) -> None:
+    whole = make_recipe("whole")
+    teach(whole)
+    Trainer(whole).train()
+    parts = make_recipe("parts", training={"micro_batch": 2})
+    Trainer(parts).train()
+    assert_same_run(whole, parts, tiny_folder)
+
+
+def test_saved_by_two_resumed_by_one_and_by_four(
+    make_recipe: Make, tmp_path: Path, tiny_folder: Path
+) -> None:
+    steady = {"learning_rate_decay": 0.0}
+    shard = {"sharding": "shard"}
+    alone = make_recipe("alone", training=steady)
+    teach(alone)
+    Trainer(alone).train()
+    begun = make_recipe("one", training={**steady, "turns": 4}, distributed=shard)
+    distill(begun, 2, tmp_path)
+    shutil.copytree(begun.run_folder, begun.output / "four")
+    shards = list(list_checkpoints(begun.run_folder / "checkpoints")[-1].glob("*.safetensors"))
+    assert len(shards) == 2
+
+    one = make_recipe("one", training=steady)
+    trainer = Trainer(one)
+    assert trainer.progress.turn == 4
+    trainer.train()
+    assert_same_run(alone, one, tiny_folder)
+
+    # The recipe in the copied folder names the run it was copied from.
+    path = begun.output / "four" / "recipe.yaml"
+    path.write_text(path.read_text().replace("name: one", "name: four"))
+    four = make_recipe("four", training=steady, distributed=shard)
+    distill(four, 4, tmp_path)
+    assert_same_run(alone, four, tiny_folder)
+
+
+def test_a_process_killed_while_saving_costs_only_the_turns_since_the_last_save(
+    make_recipe: Make, tmp_path: Path, tiny_folder: Path
+) -> None:
+    alone = make_recipe("alone")
+    teach(alone)
+    Trainer(alone).train()
+    recipe = make_recipe("killed", distributed={"sharding": "shard"})
+    path = tmp_path / "killed.yaml"
+    path.write_text(recipe.to_yaml())
+    result = torchrun(2, str(KILLED_IN_SAVE), str(path))
+    assert result.returncode != 0
+    assert "SIGKILL" in result.stderr
+    folder = recipe.run_folder / "checkpoints"
+    assert [p.name for p in list_checkpoints(folder)] == ["turn-0000002"]
+    assert (folder / ".turn-0000004.tmp").exists()
+    distill(recipe, 2, tmp_path)
+    assert_same_run(alone, recipe, tiny_folder)
+
+
+# One process.
+
+
+def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
+    def draw(rows: slice | None, count: int) -> list[torch.Tensor]:
+        draws = Draws(3, 5, "critic", CPU, rows, 8)
+        like = torch.zeros(count, 2, 3)
+        return [
+            draws.normal_like(like),
+            draws.sigma(count, 3.0, (0.1, 0.9)),
+            torch.tensor(draws.integers(count, 100)),
+            draws.normal_like(like),
+        ]
+
+    together = draw(None, 8)
+    for size in (2, 4):
+        parts = [draw(slice(i, i + size), size) for i in range(0, 8, size)]
+        for index, whole in enumerate(together):
+            assert torch.equal(torch.cat([part[index] for part in parts]), whole)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (2, 3), (1, 2)])
+def test_every_row_belongs_to_one_process(
+    monkeypatch: pytest.MonkeyPatch, rank: int, size: int
+) -> None:
+    def world(number: int) -> World:
+        found = World(CPU)
+        found.rank, found.size = number, size
+        return found
+
+    rows = [r for n in range(size) for part in world(n).rows(12, 2) for r in range(12)[part]]
+    assert rows == list(range(12))
+    shares = [i for n in range(size) for i in world(n).share(7)]
+    assert shares[:7] == list(range(7))
+    assert len(shares) == size * len(world(rank).share(7))
+
+
+def test_batches_that_cannot_be_divided_are_named(make_recipe: Make) -> None:
+    world = World(CPU)
+    world.size = 3
+    with pytest.raises(RecipeError, match="batch_size: 4 cannot be divided among 3 processes"):
+        world.rows(4, None)
+    with pytest.raises(RecipeError, match="micro_batch: 3 does not divide the 4 samples"):
+        Trainer(make_recipe(training={"micro_batch": 3}))
