@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -141,8 +141,11 @@ def _measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Plan:
         score = str(shape_folder(recipe.score.model))
         changes["score"] = recipe.score.model_copy(update={"model": score})
     recipe = recipe.model_copy(update=changes)
+    roles = build_roles(recipe, _CPU, _load_nothing)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        roles = build_roles(recipe, _CPU, _load_fake)
+        for role in (roles.teacher, roles.score, roles.first, roles.second, *roles.fakes):
+            _make_fake(role.model)
+        _make_fake(roles.critic)
         shards = processes if recipe.distributed.sharding == "shard" else 1
         if recipe.distributed.shard_size is not None:
             shards = recipe.distributed.shard_size
@@ -200,8 +203,19 @@ def shape_folder(model: str) -> Path:
         ) from error
 
 
-def _load_fake(folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
-    return ZImageVelocity(unloaded_transformer(folder, part, dtype)).eval()
+def _load_nothing(folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
+    with torch.device("meta"):
+        transformer = unloaded_transformer(folder, part, dtype)
+    return ZImageVelocity(transformer).eval()
+
+
+def _make_fake(module: nn.Module) -> None:
+    """Fake tensors on the CPU for the module's parameters: unlike meta tensors they autocast."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not isinstance(parameter, FakeTensor):
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=_CPU)
+                setattr(owner, name, nn.Parameter(fake, parameter.requires_grad))
 
 
 def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
