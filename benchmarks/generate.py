@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ def write(
 
     best = {key: min(found, key=lambda f: f["total"]) for key, found in runs.items()}
     results = {
-        "command": " ".join(["python", "benchmarks/generate.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/generate.py", *sys.argv[1:]]),
         "commit": git_commit(),
         "machine": machine(),
         "date": date.today().isoformat(),

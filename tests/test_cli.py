@@ -23,7 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["teach", "distill", "generate", "compare", "evaluate", "export", "assemble", "demo", "plan"],
+    ["teach", "distill", "generate", "compare", "evaluate", "export", "assemble", "demo"],
 )
 def test_help_has_an_example(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
