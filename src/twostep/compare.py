@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from twostep.files import write_atomically
-from twostep.generate import InputError, load_sampler
+from twostep.generate import InputError, check_prompts, load_sampler
 from twostep.pictures import labelled_rows, to_pil
 from twostep.rollout import seeded_noise
 
@@ -47,8 +47,7 @@ def compare(
     Raises:
         InputError, ModelError: for what cannot be used.
     """
-    if not prompts or not all(p.strip() for p in prompts):
-        raise InputError("prompt: must not be empty")
+    check_prompts(prompts)
     if out.suffix != ".png":
         raise InputError(f"out: expected a .png file, got {out}")
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
@@ -60,7 +59,7 @@ def compare(
         noise = seeded_noise([number for _, number in pairs], sampler.noise_shape(*size))
         sample = sampler.sample(captions, noise, steps)
         name = Path(model.removeprefix("zoo:")).name
-        used = 2 if sampler.schedule is not None else steps or 8
+        used = sampler.count_steps(steps)
         if preview and sample.preview is not None:
             images = sampler.decoder.decode(sample.preview)
             rows[f"{name}, preview after step 1"] = [to_pil(image) for image in images]

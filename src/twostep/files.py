@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         os.close(descriptor)
     os.replace(temporary, path)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Puts `temporary`, finished, in the place of `folder`, which may exist."""
+    replaced = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(temporary, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,6 +59,12 @@ def read_prompts(prompts: Sequence[str], file: str | None = None) -> list[str]:
     if not found:
         raise InputError("prompts: none given; name some, or --prompts FILE, or - for stdin")
     return found
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises InputError if there is none, or one is empty."""
+    if not prompts or not all(p.strip() for p in prompts):
+        raise InputError("prompt: must not be empty")
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,11 @@ def generate(
     Raises:
         InputError, ModelError: before any picture is made.
     """
-    if not prompts or not all(p.strip() for p in prompts):
-        raise InputError("prompt: must not be empty")
+    check_prompts(prompts)
     sampler = load_sampler(model, size, steps, device)
     if preview and sampler.schedule is None:
         raise InputError(f"preview: {model} is no two-step student")
-    used = 2 if sampler.schedule is not None else steps or 8
+    used = sampler.count_steps(steps)
     weights = folder_fingerprint(resolve(model))[:16]
     shape = sampler.noise_shape(*size)
     out.mkdir(parents=True, exist_ok=True)
@@ -166,9 +170,8 @@ def generate(
                 assert sample.preview is not None
                 for i, image in zip(missing, sampler.decoder.decode(sample.preview), strict=True):
                     _save(to_pil(image), _beside(part[i].path), facts[i])
-        for i, p in enumerate(part):
-            made = i in missing
-            yield Picture(p.path, p.prompt, p.seed, p.steps, p.model, p.preview, made)
+        for i, picture in enumerate(part):
+            yield replace(picture, made=i in missing)
 
 
 def save_grid(pictures: Sequence[Picture], path: Path) -> Path:
@@ -218,9 +221,7 @@ def _save(image: Image.Image, path: Path, facts: dict[str, str]) -> None:
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, value)
-    temporary = path.with_suffix(".tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
+    write_atomically(path, lambda p: image.save(p, format="PNG", pnginfo=info))
 
 
 def _beside(path: Path) -> Path:

@@ -16,8 +16,16 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from twostep.backbones.model import ModelError, PromptEncoder, latent_shape, read_index, resolve
+from twostep.backbones.model import (
+    ModelError,
+    PromptEncoder,
+    latent_shape,
+    read_index,
+    resolve,
+    transformer_with,
+)
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
+from twostep.files import replace_folder
 from twostep.rollout import TwoStep, two_step
 from twostep.sampler import bind, transition_noise
 
@@ -238,18 +246,9 @@ def save_student(
     index["step2_sigma"] = schedule.step2_sigma
     index["transition"] = schedule.transition
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    replaced = folder.with_name(folder.name + ".old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(temporary, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    replace_folder(temporary, folder)
 
 
 def _save_transformer(transformer: Any, folder: Path, dtype: torch.dtype) -> None:
-    # A copy on the meta device carries the config; the weights are cast on the way out.
     weights = {k: v.detach().to("cpu", dtype) for k, v in transformer.state_dict().items()}
-    with torch.device("meta"):
-        shell = type(transformer).from_config(transformer.config)
-    shell.load_state_dict(weights, assign=True)
-    shell.save_pretrained(folder)
+    transformer_with(transformer, weights).save_pretrained(folder)

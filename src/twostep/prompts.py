@@ -23,9 +23,12 @@ def load_prompts(source: str, count: int | None = None, seed: int = 0) -> list[s
     Raises:
         PromptError: unreadable file, bad line (named), or no prompts at all.
     """
-    if source == "emoji" and count is None:
+    if source != "emoji":
+        prompts = _read(Path(source))
+    elif count is None:
         raise PromptError("data.prompts: the embedded world has prompts without end; say how many")
-    prompts = _emoji(count, seed) if source == "emoji" and count else _read(Path(source))
+    else:
+        prompts = _emoji(count, seed)
     distinct = list(dict.fromkeys(p for p in prompts if p))[:count]
     if not distinct:
         raise PromptError(f"{source} holds no prompts")

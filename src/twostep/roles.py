@@ -211,8 +211,10 @@ def _check_start(folder: Path, teacher: Path, shared: bool) -> None:
     ours, theirs = (read_architecture(f) for f in (teacher, folder))
     if ours != theirs:
         raise RecipeError(f"student.init: {folder} is no student of this teacher")
-    parts = [folder_fingerprint(folder / part) for part in ("transformer", "transformer_2")]
-    if shared and parts[0] != parts[1]:
+    if not shared:
+        return
+    first, second = (folder_fingerprint(folder / p) for p in ("transformer", "transformer_2"))
+    if first != second:
         raise RecipeError(
             f"student.init: the two steps of {folder} differ, student.parameters: shared needs "
             "them equal"

@@ -1,6 +1,6 @@
 """Draws the study's curves: validation distance against turns, and against evaluations.
 
-python studies/ablation/plots.py docs/results/ablation.json docs/pictures/ablation.png
+python studies/ablation/plots.py runs/ablation/results.json runs/ablation/curves.png
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def load_velocity(
 def unloaded_transformer(folder: Path, part: str, dtype: torch.dtype) -> ZImageTransformer2DModel:
     """The folder's transformer as its configuration describes it; its weights mean nothing.
 
-    For use where tensors have no memory yet: on the meta device, or as fake tensors.
+    For use on the meta device, where tensors have no memory yet.
     """
     config = ZImageTransformer2DModel.load_config(folder, subfolder=part)
     default = torch.get_default_dtype()
@@ -114,6 +114,14 @@ def unloaded_transformer(folder: Path, part: str, dtype: torch.dtype) -> ZImageT
         return ZImageTransformer2DModel.from_config(config)
     finally:
         torch.set_default_dtype(default)
+
+
+def transformer_with(like: Any, weights: Mapping[str, Tensor]) -> Any:
+    """A transformer of the same configuration that holds `weights`, which are not copied."""
+    with torch.device("meta"):
+        shell = type(like).from_config(like.config)
+    shell.load_state_dict(weights, assign=True)
+    return shell
 
 
 class PromptEncoder:

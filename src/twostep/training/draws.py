@@ -32,13 +32,13 @@ class Draws:
         state = np.random.SeedSequence((seed, 3, PURPOSES.index(purpose), turn))
         number = int(state.generate_state(1, np.uint64)[0] >> np.uint64(1))
         self.generator, self.device = torch.Generator().manual_seed(number), device
-        self.rows, self.total = rows, total
+        self.rows, self.total = rows or slice(None), total
 
     def _whole(self, count: int) -> int:
-        return self.total if self.rows is not None else count
+        return self.total or count
 
     def _own(self, drawn: Tensor) -> Tensor:
-        return drawn if self.rows is None else drawn[self.rows]
+        return drawn[self.rows]
 
     def normal_like(self, tensor: Tensor) -> Tensor:
         """Standard normal, fp32, shaped like `tensor`."""

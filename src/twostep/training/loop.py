@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,11 @@ class Trainer:
                 self.recipe, self.roles, self.cache, self.schedule, self.shift, self.device,
                 self.world,
             )  # fmt: skip
-        monitor = Monitor(self.folder, settings.tensorboard, progress.turn) if is_first else None
+        records: AbstractContextManager[Monitor | None] = nullcontext()
+        if is_first:
+            records = closing(Monitor(self.folder, settings.tensorboard, progress.turn))
         progress_bar = TurnProgress(settings.turns, settings.minutes, hidden=not is_first)
-        with _catch_signals() as caught, progress_bar as bar:
+        with records as monitor, _catch_signals() as caught, progress_bar as bar:
             while self._share_done() < 1:
                 started = time.monotonic()
                 values = self._one_turn()
@@ -180,8 +182,6 @@ class Trainer:
                         f"stopped by {caught[0] if caught else 'another process'} at turn {turn}; "
                         "state saved. Run it again to go on"
                     )
-        if monitor is not None:
-            monitor.close()
 
     def _one_turn(self) -> dict[str, float]:
         """A student turn, after the critic turns that go before it; what to log of it."""

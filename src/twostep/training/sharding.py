@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from twostep.backbones.model import unloaded_transformer
+from twostep.backbones.model import transformer_with, unloaded_transformer
 from twostep.backbones.zimage import ZImageVelocity
 from twostep.config import Recipe, RecipeError
 from twostep.training.world import World, whole
@@ -81,12 +81,7 @@ def _mesh(world: World, shard_size: int | None) -> DeviceMesh:
 
 
 def whole_transformer(transformer: nn.Module) -> nn.Module:
-    """A sharded transformer as an ordinary one on CPU; any other as it is. For all processes."""
-    sharded = transformer.state_dict()
-    weights = {key: whole(value).cpu() for key, value in sharded.items()}
-    if all(weights[key] is value for key, value in sharded.items()):
-        return transformer
-    with torch.device("meta"):
-        shell: nn.Module = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
-    shell.load_state_dict(weights, assign=True)
-    return shell
+    """A transformer, sharded or not, as an ordinary one on CPU. For all processes."""
+    weights = {key: whole(value).cpu() for key, value in transformer.state_dict().items()}
+    result: nn.Module = transformer_with(transformer, weights)
+    return result

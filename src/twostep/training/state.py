@@ -46,15 +46,14 @@ class TrainingState:
     ema: Ema
     progress: Progress
 
-    def save(self, folder: Path, keep: int, world: World | None = None) -> Path:
+    def save(self, folder: Path, keep: int, world: World) -> Path:
         """Writes `folder/turn-NNNNNNN`, then removes all but the last `keep` checkpoints.
 
         Among several processes each writes its part; all must call it.
         """
         target = folder / f"turn-{self.progress.turn:07d}"
         temporary = folder / f".{target.name}.tmp"
-        is_first = world is None or world.is_first
-        if is_first:
+        if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             record = {
@@ -66,18 +65,16 @@ class TrainingState:
                 },
             }
             (temporary / "state.json").write_text(json.dumps(record, indent=1))
-        if world is not None:
-            world.wait()
+        world.wait()
         save_tensors(self._tensors(), temporary, "state.safetensors", world)
-        if is_first:
+        if world.is_first:
             for path in (*temporary.iterdir(), temporary):
                 _sync(path)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             for old in list_checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
-        if world is not None:
-            world.wait()
+        world.wait()
         return target
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ own format would run code when it is read; this one does not. Any number of proc
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -17,14 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from twostep.files import replace_folder
 from twostep.training.world import World
 
 
-def save_tensors(
-    tensors: Mapping[str, Tensor], folder: Path, name: str, world: World | None = None
-) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str, world: World) -> None:
     """Writes `folder/name`, or among several processes a file for each. `folder` must exist."""
-    if world is None or world.size == 1:
+    if world.size == 1:
         # Own memory for each: safetensors refuses tensors that share storage.
         whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
         save_file(whole, folder / name)
@@ -35,18 +33,14 @@ def save_tensors(
 
 def save_folder(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
     """Replaces `folder` by one that holds `tensors`; every process must call it."""
-    temporary, replaced = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    temporary = folder.with_name(f".{folder.name}.tmp")
     if world.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.wait()
     save_tensors(tensors, temporary, "weights.safetensors", world)
     if world.is_first:
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(temporary, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        replace_folder(temporary, folder)
     world.wait()
 
 
