@@ -77,6 +77,35 @@ def distill(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpus: Annotated[int, typer.Option(min=1, help="processes, one a GPU")] = 1,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB of each")] = 80.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of a caption")] = 128,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="achieved rate of each, for the time")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Work out memory, disk and time of a recipe. Loads no weights; needs none.
+
+    Example: twostep plan recipes/z-image-turbo-lora.yaml --gpus 1 --memory 80 --tflops 400
+    """
+    from twostep.config import Recipe
+    from twostep.plan import plan as run
+    from twostep.plan import tables
+
+    _quiet()
+    found = run(Recipe.load(recipe, overrides or ()), gpus, memory, prompt_tokens, tflops)
+    if as_json:
+        print(found.as_json())
+        return
+    for part in tables(found):
+        _out.print(part, highlight=False)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Option(help="a folder, zoo:NAME or a hub id")],
     prompts: Annotated[

@@ -45,6 +45,12 @@ class Score(_Section):
         None, description="a diffusers folder or zoo:NAME; empty: the teacher"
     )
     guidance_scale: NonNegative = 0.0
+    fit_turns: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="turns of flow matching on the teacher's cached images before the student's "
+        "first: a few-step teacher's own field is not the score of the images it makes",
+    )
+    learning_rate: Positive = Field(2e-4, description="while it is fitted")
 
 
 class Data(_Section):
@@ -237,6 +243,16 @@ class Recipe(_Section):
             raise ValueError(
                 "losses.*.guidance_augmentation needs score.model: guidance makes no sense for a "
                 "guidance-free teacher (Z-Image issue 110)"
+            )
+        if self.score.fit_turns and (self.score.guidance_scale or augmented):
+            raise ValueError(
+                "score.fit_turns makes a score of the teacher's images as they are: "
+                "score.guidance_scale and losses.*.guidance_augmentation must be 0 with it"
+            )
+        if self.score.fit_turns and self.score.model and self.student.parameters == "lora":
+            raise ValueError(
+                "score.fit_turns with student.parameters: lora fits an adapter on the teacher; "
+                "leave score.model empty"
             )
         if self.losses.consistency and self.student.parameters != "shared":
             raise ValueError(

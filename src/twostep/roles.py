@@ -92,7 +92,7 @@ class Roles:
 
     Attributes:
         teacher: makes validation images and the critic's features; frozen.
-        score: trusted at every noise level; frozen; may be the teacher itself.
+        score: trusted at every noise level; frozen once it is fitted; may be the teacher itself.
         first, second: the student's steps; the same object when parameters are shared.
         fakes: follow the student's clean predictions: one for both steps, or one each.
         critic: heads on the teacher's hidden states.
@@ -124,6 +124,8 @@ class Roles:
     def trained_modules(self) -> dict[str, nn.Module]:
         """Every trained module by name, as a checkpoint holds them."""
         modules: dict[str, nn.Module] = {"first": self.first.trained_module()}
+        if self.score.parameters():
+            modules["score"] = self.score.trained_module()
         if not self.shared:
             modules["second"] = self.second.trained_module()
         for index, fake in enumerate(self.fakes):
@@ -173,8 +175,8 @@ def build_roles(recipe: Recipe, device: torch.device, load: Load | None = None) 
                 own.enable_gradient_checkpointing()
             trained[name] = FullRole(own, True, compiled)
     fakes = tuple(role for name, role in trained.items() if name.startswith("fake"))
-    score = teacher
-    if recipe.score.model is not None:
+    score = trained.get("score", teacher)
+    if recipe.score.model is not None and score is teacher:
         score = FullRole(
             _load_score(resolve(recipe.score.model), teacher.model, load, frozen_dtype),
             False,
@@ -202,7 +204,11 @@ def _starts(recipe: Recipe, teacher: Path) -> dict[str, tuple[Path, str]]:
     if recipe.student.sharing == "shared":
         del starts["second"]
     names = ("fake1", "fake2") if recipe.fake.models == "per_step" else ("fake1",)
-    return starts | dict.fromkeys(names, from_teacher)
+    starts |= dict.fromkeys(names, from_teacher)
+    if recipe.score.fit_turns:
+        score = teacher if recipe.score.model is None else resolve(recipe.score.model)
+        starts["score"] = (score, "transformer")
+    return starts
 
 
 def _check_start(folder: Path, teacher: Path, shared: bool) -> None:

@@ -1,21 +1,22 @@
-"""One run of the study in a process of its own: trains, and counts the network's evaluations.
-
-python studies/ablation/one_run.py RECIPE.yaml
-"""
+"""One run of the study: trains, and counts the network's evaluations."""
 
 from __future__ import annotations
 
 import json
-import sys
+import os
+import shutil
 import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
 
+from twostep.backbones.model import resolve
 from twostep.backbones.zimage import Prediction
 from twostep.config import Recipe
-from twostep.files import write_atomically
+from twostep.files import replace_folder, write_atomically
 from twostep.training.loop import Trainer
 
 # A call whose result is differentiated costs about two forwards more.
@@ -30,18 +31,21 @@ class CountingTrainer(Trainer):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.evaluations = 0
+        self.evaluations, self._counting = 0, False
         roles = self.roles
-        models = [r.model for r in (roles.teacher, roles.score, roles.first, roles.second)]
-        models += [fake.model for fake in roles.fakes]
-        self._counting = False
-        for model in {id(m): m for m in models}.values():
-            model.register_forward_hook(self._count)
+        named: list[Any] = [roles.teacher, roles.score, roles.first, roles.second, *roles.fakes]
+        for role in {id(role): role for role in named}.values():
+            role._forward = self._counted(role._forward)
 
-    def _count(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Prediction) -> None:
-        if self._counting:
-            cost = _WITH_GRADIENT if output.velocity.requires_grad else 1
-            self.evaluations += cost * len(inputs[0])
+    def _counted(self, forward: Callable[..., Prediction]) -> Callable[..., Prediction]:
+        def call(latents: torch.Tensor, *rest: Any) -> Prediction:
+            output = forward(latents, *rest)
+            if self._counting:
+                cost = _WITH_GRADIENT if output.velocity.requires_grad else 1
+                self.evaluations += cost * len(latents)
+            return output
+
+        return call
 
     def _one_turn(self) -> dict[str, float]:
         self._counting = True
@@ -51,20 +55,40 @@ class CountingTrainer(Trainer):
             self._counting = False
 
 
-def main(path: Path) -> None:
-    """Writes `done.json` into the run's folder."""
-    recipe = Recipe.load(path)
-    started = time.monotonic()
-    trainer = CountingTrainer(recipe)
-    trainer.train()
-    record: dict[str, Any] = {
+def run(recipe: Recipe, threads: int) -> str:
+    """Trains unless it was done before; leaves `student/`, `metrics.jsonl` and `done.json`.
+
+    For a process that makes several runs: what was compiled for one serves the next.
+    """
+    folder = recipe.run_folder
+    if (folder / "done.json").exists():
+        return f"{folder.name}: done before"
+    torch.set_num_threads(threads)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stderr(log):
+        started = time.monotonic()
+        trainer = CountingTrainer(recipe)
+        trainer.train()
+    if recipe.score.fit_turns:
+        _save_score(trainer, folder / "score")
+    record = {
         "seconds": round(time.monotonic() - started, 1),
         "evaluations": trainer.evaluations,
         "best_turn": trainer.progress.best_turn,
     }
+    for leftover in ("checkpoints", "samples", "best"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
     text = json.dumps(record)
-    write_atomically(recipe.run_folder / "done.json", lambda p: p.write_text(text))
+    write_atomically(folder / "done.json", lambda p: p.write_text(text))
+    return f"{folder.name}: {record['seconds']:.0f} s"
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def _save_score(trainer: Trainer, folder: Path) -> None:
+    """The fitted score as a model folder: the teacher's, with another transformer."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    teacher = resolve(trainer.recipe.teacher.model)
+    shutil.copytree(teacher, temporary, ignore=shutil.ignore_patterns("transformer"))
+    transformer: Any = trainer.roles.score.transformer()
+    transformer.save_pretrained(temporary / "transformer")
+    replace_folder(temporary, folder)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 # Stands for the folder of rendered scenes, which the study draws when a row needs it.
 EXTERNAL = "EXTERNAL"
+# Stands for the teacher fitted to its own images, which the study makes first.
+FITTED = "FITTED"
 
 
 @dataclass(frozen=True)
@@ -15,17 +16,16 @@ class Row:
 
     Attributes:
         changes: recipe overrides, `key=value`.
-        start: the warm start it goes on from, with two sets of weights or one; or the teacher's
-            own weights, so that the warm start's cost is its to spend.
         turns: as a multiple of the study's: what makes its network evaluations the full method's.
-        only_warmup: the whole run is the regression of a warm-up.
+        regression: the whole run is the regression of a warm-up.
+        fitted: distribution matching trusts the fitted score, not a model as it is.
         paper: where the method comes from, for other methods.
     """
 
     changes: tuple[str, ...] = ()
-    start: Literal["two", "one", "teacher"] = "two"
     turns: float = 1.0
-    only_warmup: bool = False
+    regression: bool = False
+    fitted: bool = True
     paper: str = ""
 
 
@@ -36,39 +36,36 @@ _NO_MATCHING = (
     "losses.final.distribution_matching=0",
     "losses.step1.distribution_matching=0",
 )
-_NO_REGRESSION = ("losses.final.regression=0", "losses.step1.regression=0")
+_GUIDED_BASE = ("score.model=zoo:emoji-base", "score.guidance_scale=2")
 _BASE_WITH_GUIDANCE_BELOW = (
     "score.model=zoo:emoji-base",
-    "losses.final.guidance_augmentation=2",
-    "losses.step1.guidance_augmentation=2",
+    "losses.final.guidance_augmentation=1",
+    "losses.step1.guidance_augmentation=1",
 )
 
 ROWS: dict[str, Row] = {
     "full": Row(),
-    "dmd": Row((*_SHARED, *_CUT, *_NO_CRITIC), "one"),
-    "dmd2_like": Row((*_SHARED, *_CUT, f"data.reals={EXTERNAL}"), "one"),
-    "teacher_images": Row((*_SHARED, *_CUT), "one"),
+    "dmd": Row((*_SHARED, *_CUT, *_NO_CRITIC)),
+    "dmd2_like": Row((*_SHARED, *_CUT, f"data.reals={EXTERNAL}")),
+    "teacher_images": Row((*_SHARED, *_CUT)),
     "decoupled": Row(_CUT),
     "no_step1": Row(("losses.step1.weight=0",)),
+    "teacher_score": Row(fitted=False),
     "no_critic": Row(_NO_CRITIC),
     "external": Row((f"data.reals={EXTERNAL}",)),
-    "shared": Row(_SHARED, "one"),
+    "shared": Row(_SHARED),
     "no_matching": Row(_NO_MATCHING),
-    "no_regression": Row(_NO_REGRESSION),
-    "one_critic_turn": Row(("training.critic_turns=1",), turns=1.43),
-    "cold_fakes": Row(("training.critic_warmup_turns=0",)),
     "one_fake": Row(("fake.models=one",)),
+    "cold_fakes": Row(("training.critic_warmup_turns=0",)),
     "renoise": Row(("student.transition=renoise",)),
-    "guided_base": Row(("score.model=zoo:emoji-base", "score.guidance_scale=2")),
-    "decoupled_guidance": Row(_BASE_WITH_GUIDANCE_BELOW),
-    "no_warmup": Row(start="teacher", turns=2.8),
+    "guided_base": Row(_GUIDED_BASE, fitted=False),
+    "decoupled_guidance": Row(_BASE_WITH_GUIDANCE_BELOW, fitted=False),
+    "strong_critic": Row(("losses.final.adversarial=0.3",)),
     # Other methods in the same trainer: our implementations of those papers.
-    "more_regression": Row(turns=6.3, only_warmup=True),
     "trajectory": Row(
         ("losses.warmup_step1_target=trajectory",),
-        "teacher",
-        16.3,
-        only_warmup=True,
+        4.4,
+        regression=True,
         paper="progressive distillation, arXiv 2202.00512",
     ),
     "lcd": Row(
@@ -79,8 +76,7 @@ ROWS: dict[str, Row] = {
             "losses.final.weight=0",
             "losses.step1.weight=0",
         ),
-        "teacher",
-        19.6,
+        5.3,
         paper="latent consistency distillation, arXiv 2310.04378",
     ),
     "ladd": Row(
@@ -88,19 +84,16 @@ ROWS: dict[str, Row] = {
             *_SHARED,
             *_CUT,
             *_NO_MATCHING,
-            *_NO_REGRESSION,
             "losses.final.adversarial=1",
             "losses.step1.weight=0",
         ),
-        "one",
-        2.1,
+        1.84,
         paper="arXiv 2403.12015",
     ),
     "dmd2": Row(
         (
             *_SHARED,
             *_CUT,
-            *_NO_REGRESSION,
             f"data.reals={EXTERNAL}",
             "student.transition=renoise",
             "losses.step1.weight=1",
@@ -108,8 +101,8 @@ ROWS: dict[str, Row] = {
             "training.critic_turns=5",
             "fake.models=one",
         ),
-        "one",
-        0.42,
+        0.33,
+        fitted=False,
         paper="arXiv 2405.14867",
     ),
     "decoupled_dmd": Row(
@@ -117,14 +110,13 @@ ROWS: dict[str, Row] = {
             *_SHARED,
             *_CUT,
             *_NO_CRITIC,
-            *_NO_REGRESSION,
             *_BASE_WITH_GUIDANCE_BELOW,
             "student.transition=renoise",
             "losses.step1.weight=1",
             "fake.models=one",
         ),
-        "one",
-        1.13,
+        1.06,
+        fitted=False,
         paper="arXiv 2511.22677",
     ),
 }
@@ -141,6 +133,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "removal": {
         "full": "full method",
+        "teacher_score": "score: the teacher as it is, not fitted",
         "no_critic": "without the critic",
         "external": "critic with external images",
         "shared": "one set of weights",
@@ -150,18 +143,15 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "choice": {
         "full": "full method",
-        "no_regression": "no regression beside matching",
-        "one_critic_turn": "one critic turn per student turn",
-        "cold_fakes": "no critic turns before the first",
         "one_fake": "one fake for both steps",
+        "cold_fakes": "no critic turns before the first",
         "renoise": "re-noised transition",
         "guided_base": "score: base with guidance 2",
         "decoupled_guidance": "score: base, guidance below the step's sigma",
-        "no_warmup": "no warm start",
+        "strong_critic": "critic's weight 0.3, not 0.03",
     },
     "peer": {
         "full": "twostep",
-        "more_regression": "regression alone, the warm start continued",
         "trajectory": "trajectory regression",
         "lcd": "latent consistency distillation",
         "ladd": "LADD",

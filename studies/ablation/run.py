@@ -11,19 +11,19 @@ the tables, plots.py draws the curves.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
 import typer
+from one_run import run
 from rendered import draw_scenes
-from rows import EXTERNAL, ROWS, TABLES, Row
+from rows import EXTERNAL, FITTED, ROWS, TABLES, Row
 
 from twostep.config import Recipe
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
@@ -37,11 +37,11 @@ BASE = HERE / "recipe.yaml"
 # What --quick changes: enough to see that a row runs, too little to rank rows.
 QUICK = (
     "data.prompt_count=256", "training.turns=12", "training.critic_warmup_turns=4",
-    "training.validate_every=4", "training.batch_size=8",
+    "training.validate_every=4", "training.compile=false",
 )  # fmt: skip
-# The warm start: this many turns of regression, at a higher rate.
-WARM_TURNS, QUICK_WARM_TURNS = 200, 20
-WARM = ("training.batch_size=24", "training.warmup_learning_rate=4e-4")
+# Turns that fit the score to the teacher's images, once for all rows.
+FIT_TURNS, QUICK_FIT_TURNS = 400, 20
+FIT = ("training.batch_size=16", "training.turns=1", "training.critic_warmup_turns=0")
 # The row whose end, on average, is the quality that "turns to reach" asks for.
 MARK = "dmd"
 
@@ -50,51 +50,35 @@ def recipe_of(
     row: Row, name: str, seed: int, out: Path, common: Sequence[str], external: Path
 ) -> Recipe:
     """One run's recipe; later overrides win."""
-    base = Recipe.load(BASE, common)
-    turns = max(1, round(base.training.turns * row.turns))
-    overrides = [
-        *common, *(c.replace(EXTERNAL, str(external)) for c in row.changes),
-        f"training.turns={turns}", f"losses.warmup_turns={turns if row.only_warmup else 0}",
-        f"name={name}-{seed}", f"output={out}/runs", f"data.cache={out}/cache",
-        f"training.seed={seed}",
-    ]  # fmt: skip
-    if row.start != "teacher":
-        overrides.append(f"student.init={out}/runs/warm-{row.start}/student")
-    return Recipe.load(BASE, overrides)
+    turns = max(1, round(Recipe.load(BASE, common).training.turns * row.turns))
+    score = out / "runs" / FITTED.lower() / "score"
+    return Recipe.load(BASE, [
+        *common, *([f"score.model={score}"] if row.fitted else []),
+        *(c.replace(EXTERNAL, str(external)) for c in row.changes),
+        f"training.turns={turns}", f"losses.warmup_turns={turns if row.regression else 0}",
+        f"training.validate_every={max(1, turns // 4)}", f"training.seed={seed}",
+        *_places(f"{name}-{seed}", out),
+    ])  # fmt: skip
 
 
-def warm_start(sets: str, turns: int, out: Path, common: Sequence[str]) -> Recipe:
-    """The regression that rows go on from, with `two` sets of weights or `one`."""
-    overrides = [
-        *common, *WARM, f"training.turns={turns}", f"losses.warmup_turns={turns}",
-        f"student.parameters={'shared' if sets == 'one' else 'decoupled'}",
-        f"training.validate_every={max(1, turns // 5)}",
-        f"name=warm-{sets}", f"output={out}/runs", f"data.cache={out}/cache",
-    ]  # fmt: skip
-    return Recipe.load(BASE, overrides)
+def recipe_of_fit(turns: int, out: Path, common: Sequence[str]) -> Recipe:
+    """The run that fits the score for all rows that use it."""
+    places = _places(FITTED.lower(), out)
+    return Recipe.load(BASE, [*common, *FIT, f"score.fit_turns={turns}", *places])
 
 
-def train(recipe: Recipe, threads: int) -> None:
-    """One run in a process of its own."""
-    folder = recipe.run_folder
-    if (folder / "done.json").exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    path = folder / "study.yaml"
-    write_atomically(path, lambda p: p.write_text(recipe.to_yaml(), encoding="utf-8"))
-    with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        subprocess.run(
-            [sys.executable, str(HERE / "one_run.py"), str(path)],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            stdout=log,
-            stderr=log,
-            check=True,
-        )
-    for leftover in ("checkpoints", "samples", "best"):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
-    done = json.loads((folder / "done.json").read_text())
-    print(f"{folder.name}: {done['seconds']:.0f} s", flush=True)
+def _places(name: str, out: Path) -> tuple[str, ...]:
+    return f"name={name}", f"output={out}/runs", f"data.cache={out}/cache"
+
+
+def train_all(recipes: Sequence[Recipe], jobs: int) -> None:
+    """Every recipe, `jobs` at a time, in processes that serve one run after the other."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for finished in as_completed([pool.submit(run, recipe, threads) for recipe in recipes]):
+            print(finished.result(), flush=True)
 
 
 def validated(folder: Path) -> list[dict[str, float]]:
@@ -128,6 +112,7 @@ def main(
     images: Annotated[int, typer.Option(min=64)] = 512,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     quick: Annotated[bool, typer.Option("--quick")] = False,
+    judge: Annotated[bool, typer.Option("--judge", help="train nothing, judge what is")] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="recipe overrides for every row")
     ] = None,
@@ -138,27 +123,27 @@ def main(
     if unknown:
         raise typer.BadParameter(f"unknown rows {unknown}; there are: {', '.join(ROWS)}")
     common = (*(QUICK if quick else ()), *(overrides or ()))
-    seeds = 1 if quick else seeds
     external = out / "rendered"
-    if any(EXTERNAL in change for name in names for change in ROWS[name].changes):
-        draw_scenes(external, Recipe.load(BASE, common))
     # Seed by seed, so that a study that is cut short has every row at least once.
     recipes = {
         (name, seed): recipe_of(ROWS[name], name, seed, out, common, external)
-        for seed in range(seeds)
+        for seed in range(1 if quick else seeds)
         for name in names
     }
-    warm_turns = QUICK_WARM_TURNS if quick else WARM_TURNS
-    starts = sorted({ROWS[name].start for name in names} - {"teacher"})
-    warm = {sets: warm_start(sets, warm_turns, out, common) for sets in starts}
+    fit_turns = QUICK_FIT_TURNS if quick else FIT_TURNS
     first = next(iter(recipes.values()))
-    teach(first)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda recipe: train(recipe, threads), warm.values()))
-        list(pool.map(lambda recipe: train(recipe, threads), recipes.values()))
+    if not judge:
+        if any(EXTERNAL in change for name in names for change in ROWS[name].changes):
+            draw_scenes(external, Recipe.load(BASE, common))
+        teach(first)
+        if any(ROWS[name].fitted for name in names):
+            train_all([recipe_of_fit(fit_turns, out, common)], 1)
+        train_all(list(recipes.values()), jobs)
+    done = {k: r for k, r in recipes.items() if (r.run_folder / "done.json").exists()}
+    if not done:
+        raise typer.BadParameter(f"--judge: no run in {out} is finished")
 
-    students = {r.name: str(r.run_folder / "student") for r in (*warm.values(), *recipes.values())}
+    students = {r.name: str(r.run_folder / "student") for r in done.values()}
     models = contenders(first.teacher.model, first.teacher.steps, students)
     size = (first.data.height, first.data.width)
     settings = Settings(size=size, halves=0, timed=0)
@@ -166,15 +151,15 @@ def main(
     if comparison is None:  # another process judges
         return
     found = comparison.figures
-    runs = {name: [_of_run(recipes[name, seed], found) for seed in range(seeds)] for name in names}
-    for sets, recipe in warm.items():
-        runs[f"warm_{sets}"] = [_of_run(recipe, found)]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for (name, _), recipe in done.items():
+        runs.setdefault(name, []).append(_of_run(recipe, found))
     results = {
         **{k: v for k, v in found.items() if k not in ("models", "gap_closed")},
         "command": " ".join(["python", "studies/ablation/run.py", *sys.argv[1:]]),
         "turns": Recipe.load(BASE, common).training.turns,
         "batch_size": first.training.batch_size,
-        "warm_turns": warm_turns,
+        "fit_turns": fit_turns,
         "baselines": {k: _figures(found["models"][k]) for k in ("teacher_8", "naive_2")},
         "mark": MARK if MARK in runs else None,
         "tables": TABLES,

@@ -20,10 +20,9 @@ def study_table(results: dict[str, Any], table: str) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = results["rows"]
-    whole = mean(run["evaluations"] for run in rows["full"])
+    whole = mean(run["evaluations"] for run in rows.get("full") or next(iter(rows.values())))
     shown: dict[str, str] = results["tables"][table]
     if table == "ladder":
-        shown = {"warm_two": "warm start, two sets", "warm_one": "warm start, one set"} | shown
         for key, name in (("teacher_8", "teacher, 8 steps"), ("naive_2", "its weights, 2 steps")):
             found = results["baselines"][key]
             lines.append(
@@ -64,13 +63,14 @@ def _turns(values: list[int | None]) -> str:
 
 def study_facts(results: dict[str, Any]) -> str:
     """Where the ablation's figures come from."""
-    seeds = sorted({len(runs) for n, runs in results["rows"].items() if not n.startswith("warm")})
+    seeds = sorted({len(runs) for runs in results["rows"].values()})
     return (
         f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
-        f"{results['date']}: {results['turns']} student turns of {results['batch_size']} after a "
-        f"warm start of {results['warm_turns']} turns, {' or '.join(map(str, seeds))} seeds; "
-        f"{results['images']} images of {results['prompts']} held-out prompts; Fréchet on "
-        f"{results['extractor']}, floor {results['floor']:.3f}."
+        f"{results['date']}: {results['turns']} student turns of {results['batch_size']} from the "
+        f"teacher's weights, a score fitted for {results['fit_turns']} turns, "
+        f"{' or '.join(map(str, seeds))} seeds; {results['images']} images of "
+        f"{results['prompts']} held-out prompts; Fréchet on {results['extractor']}, floor "
+        f"{results['floor']:.3f}."
     )
 
 

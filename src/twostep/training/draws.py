@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twostep.flow import sample_sigma
 
-PURPOSES = ("student", "critic", "validation")
+PURPOSES = ("student", "critic", "validation", "score")
 
 
 class Draws:

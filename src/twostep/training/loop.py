@@ -36,7 +36,7 @@ from twostep.training.progress import TurnProgress
 from twostep.training.sharding import Sharder, whole_transformer
 from twostep.training.state import Progress, TrainingState, list_checkpoints
 from twostep.training.tensors import load_tensors, save_folder
-from twostep.training.turns import Batch, CriticTurn, StudentTurn, Turn
+from twostep.training.turns import Batch, CriticTurn, ScoreTurn, StudentTurn, Turn
 from twostep.training.validation import Validation, Validator
 from twostep.training.world import World, whole
 
@@ -83,6 +83,7 @@ class Trainer:
         self.roles = build_roles(recipe, self.device, load)
         self.student_turn = StudentTurn(recipe, self.roles, self.schedule, self.shift)
         self.critic_turn = CriticTurn(recipe, self.roles, self.student_turn)
+        self.score_turn = ScoreTurn(recipe, self.roles, self.shift)
         self.decoder = Decoder.load(self.plan.teacher)
         self.batches = Batches(recipe, self.plan, self.cache, self.device)
         wants_trajectory = recipe.losses.warmup_step1_target == "trajectory"
@@ -110,11 +111,14 @@ class Trainer:
                 weight_decay=recipe.training.weight_decay,
             )  # fmt: skip
 
-        return {
+        optimizers = {
             "student": adamw(self.roles.student_parameters(), recipe.training.learning_rate),
             "fake": adamw(self.roles.fake_parameters(), recipe.fake.learning_rate),
             "critic": adamw(list(self.roles.critic.parameters()), recipe.critic.learning_rate),
         }
+        if recipe.score.fit_turns:
+            optimizers["score"] = adamw(self.roles.score.parameters(), recipe.score.learning_rate)
+        return optimizers
 
     @property
     def progress(self) -> Progress:
@@ -152,17 +156,21 @@ class Trainer:
             )  # fmt: skip
         records: AbstractContextManager[Monitor | None] = nullcontext()
         if is_first:
-            records = closing(Monitor(self.folder, settings.tensorboard, progress.turn))
-        progress_bar = TurnProgress(settings.turns, settings.minutes, hidden=not is_first)
+            records = closing(Monitor(self.folder, settings.tensorboard, self._number))
+        fit_turns = self.recipe.score.fit_turns
+        progress_bar = TurnProgress(
+            settings.turns, settings.minutes, fit_turns, hidden=not is_first
+        )
         with records as monitor, _catch_signals() as caught, progress_bar as bar:
             while self._share_done() < 1:
                 started = time.monotonic()
-                values = self._one_turn()
+                fitting = progress.score_turn < fit_turns
+                values = self._one_score_turn() if fitting else self._one_turn()
                 progress.seconds, signalled = self.world.largest(
                     [progress.seconds + time.monotonic() - started, len(caught)]
                 )
-                turn, last = progress.turn, self._share_done() >= 1
-                if turn % settings.validate_every == 0 or last:
+                turn, last = self._number, self._share_done() >= 1
+                if (turn % settings.validate_every == 0 and not fitting) or last:
                     started = time.monotonic()
                     values |= self._validate(
                         validator, draw=last or turn % settings.sample_every == 0
@@ -182,6 +190,33 @@ class Trainer:
                         f"stopped by {caught[0] if caught else 'another process'} at turn {turn}; "
                         "state saved. Run it again to go on"
                     )
+
+    @property
+    def _number(self) -> int:
+        """The student's turns so far; below 0 while the score is fitted."""
+        progress = self.progress
+        return progress.turn + progress.score_turn - self.recipe.score.fit_turns
+
+    def _one_score_turn(self) -> dict[str, float]:
+        """A turn of fitting the score; what to log of it."""
+        progress, settings = self.progress, self.recipe.score
+        optimizer, parameters = self.state.optimizers["score"], self.roles.score.parameters()
+        left = 1 - progress.score_turn / settings.fit_turns
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, 2 * left)
+        optimizer.zero_grad()
+        seed = self.recipe.training.seed + 3
+        terms = self._gradients(self.score_turn, progress.score_turn, seed, "score")
+        self.world.average_gradients(parameters)
+        if self._accept(terms["loss"], self._clip(parameters)):
+            optimizer.step()
+        progress.score_turn += 1
+        if progress.score_turn == settings.fit_turns:
+            optimizer.zero_grad()
+            optimizer.state.clear()  # done with: its memory is the student's now
+        if self._number % self.recipe.training.log_every:
+            return {}
+        return {key: float(value) for key, value in terms.items() if key != "loss"}
 
     def _one_turn(self) -> dict[str, float]:
         """A student turn, after the critic turns that go before it; what to log of it."""

@@ -12,6 +12,7 @@ _SHOWN = {
     "loss": "loss",
     "final/distribution_matching": "dm",
     "critic/accuracy": "critic",
+    "score/flow_matching": "score",
     "validation/kernel_distance": "distance",
     "validation/diversity": "diversity",
 }
@@ -22,8 +23,10 @@ _LINE_SECONDS = 30.0
 class TurnProgress:
     """Turns, losses and time left, on stderr."""
 
-    def __init__(self, turns: int, minutes: float | None, hidden: bool = False) -> None:
-        self.turns, self.minutes = turns, minutes
+    def __init__(
+        self, turns: int, minutes: float | None, fit_turns: int = 0, hidden: bool = False
+    ) -> None:
+        self.turns, self.minutes, self.fit_turns = turns, minutes, fit_turns
         self.console = Console(stderr=True, quiet=hidden)
         self._bars = Progress(
             TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -34,7 +37,7 @@ class TurnProgress:
 
     def __enter__(self) -> TurnProgress:
         self._bars.start()
-        self._task = self._bars.add_task("", total=self.turns, left="", losses="")
+        self._task = self._bars.add_task("", total=self.turns + self.fit_turns, left="", losses="")
         return self
 
     def __exit__(
@@ -50,14 +53,15 @@ class TurnProgress:
         self.console.print(text)
 
     def show(self, turn: int, seconds: float, values: dict[str, float]) -> None:
-        """Updates the bar after `turn` turns, `seconds` into the run."""
+        """Updates the bar after `turn` turns, `seconds` into the run; below 0: of the score."""
         self._latest |= {k: v for k, v in values.items() if k in _SHOWN}
-        left = (self.turns - turn) * seconds / max(turn, 1)
+        done = turn + self.fit_turns
+        left = (self.turns - turn) * seconds / max(done, 1)
         if self.minutes is not None:
             left = min(left, 60 * self.minutes - seconds)
         losses = " ".join(f"{_SHOWN[k]} {v:.3g}" for k, v in self._latest.items())
         time_left = f"{max(0, left) / 60:.1f} min left"
-        self._bars.update(self._task, completed=turn, left=time_left, losses=losses)
+        self._bars.update(self._task, completed=done, left=time_left, losses=losses)
         if not self.console.is_terminal and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
             self.console.print(

@@ -17,7 +17,7 @@ from twostep.training.ema import Ema
 from twostep.training.tensors import load_tensors, save_tensors, stored_names
 from twostep.training.world import World
 
-_NAME = re.compile(r"turn-(\d{7})$")
+_NAME = re.compile(r"(fit|turn)-(\d{7})$")
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -26,8 +26,9 @@ class CheckpointError(UserError, RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run stands. Randomness and data order follow from `turn` (see `draws.py`)."""
+    """Where a run stands. Randomness and data order follow from the turns (see `draws.py`)."""
 
+    score_turn: int = 0
     turn: int = 0
     critic_turn: int = 0
     seconds: float = 0.0
@@ -49,9 +50,12 @@ class TrainingState:
     def save(self, folder: Path, keep: int, world: World) -> Path:
         """Writes `folder/turn-NNNNNNN`, then removes all but the last `keep` checkpoints.
 
+        While the score is fitted, before the first turn, its name is `fit-NNNNNNN`.
         Among several processes each writes its part; all must call it.
         """
-        target = folder / f"turn-{self.progress.turn:07d}"
+        progress = self.progress
+        name = f"turn-{progress.turn:07d}" if progress.turn else f"fit-{progress.score_turn:07d}"
+        target = folder / name
         temporary = folder / f".{target.name}.tmp"
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -198,6 +198,17 @@ class StudentTurn:
         )
 
 
+class ScoreTurn:
+    """Builds the score's loss while it is fitted: flow matching on the teacher's images."""
+
+    def __init__(self, recipe: Recipe, roles: Roles, shift: float) -> None:
+        self.recipe, self.roles, self.shift = recipe, roles, shift
+
+    def __call__(self, batch: Batch, draws: Draws) -> Turn:
+        loss = _follow(self.roles.score, batch.latents, batch, draws, self.recipe, self.shift)
+        return Turn(loss, {"score/flow_matching": loss.detach()})
+
+
 class CriticTurn:
     """Builds the fakes' loss and the critic's loss, on samples without gradient."""
 
@@ -217,7 +228,8 @@ class CriticTurn:
         total = batch.noise.new_zeros(())
         logged: dict[str, Tensor] = {}
         for step in self._followed:
-            loss = self._follow(self.roles.fake_of(step), cleans[step], batch, draws)
+            fake, shift = self.roles.fake_of(step), self.student.shift
+            loss = _follow(fake, cleans[step], batch, draws, self.recipe, shift)
             total = total + loss
             logged[f"fake/step{step + 1}"] = loss.detach()
         for step in self._judged:
@@ -227,12 +239,6 @@ class CriticTurn:
             logged[f"critic/loss{suffix}"] = loss.detach()
             logged[f"critic/accuracy{suffix}"] = accuracy
         return Turn(total, logged)
-
-    def _follow(self, fake: Role, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
-        tau = draws.sigma(len(clean), self.student.shift, self.recipe.losses.tau_range)
-        noise = draws.normal_like(clean)
-        velocity = fake(add_noise(clean, noise, tau), tau, batch.prompts).velocity
-        return losses.flow_matching(velocity, velocity_target(clean, noise))
 
     def _judge(self, clean: Tensor, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         settings = self.recipe.critic
@@ -260,6 +266,16 @@ class CriticTurn:
         with torch.no_grad():
             right = (real.mean(1) > 0).float().mean() + (fake.mean(1) < 0).float().mean()
         return loss, right / 2
+
+
+def _follow(
+    role: Role, clean: Tensor, batch: Batch, draws: Draws, recipe: Recipe, shift: float
+) -> Tensor:
+    """Flow matching on `clean`, at the noise levels where the role will be asked."""
+    tau = draws.sigma(len(clean), shift, recipe.losses.tau_range)
+    noise = draws.normal_like(clean)
+    velocity = role(add_noise(clean, noise, tau), tau, batch.prompts).velocity
+    return losses.flow_matching(velocity, velocity_target(clean, noise))
 
 
 def critic_logits(

@@ -1,0 +1,143 @@
+"""`twostep plan` against what the trainer really allocates, and Z-Image's known size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from twostep.backbones.model import ModelError
+from twostep.cli import app
+from twostep.config import Recipe, RecipeError
+from twostep.plan import _live_bytes, _measure, plan, shape_folder
+from twostep.teach import teach
+from twostep.training.draws import Draws
+from twostep.training.loop import Trainer
+
+Make = Callable[..., Recipe]
+CPU = torch.device("cpu")
+LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("student", [{}, {"parameters": "shared"}, LORA], ids=str)
+def test_held_bytes_are_those_of_a_real_run(make_recipe: Make, student: dict) -> None:
+    recipe = make_recipe(student=student)
+    teach(recipe)
+    trainer = Trainer(recipe)
+    trainer.train()
+    found = {role.name: role for role in plan(recipe).roles}
+    roles = trainer.roles
+    trained = {"first": roles.first, "fake1": roles.fakes[0], "fake2": roles.fakes[1]}
+    if not roles.shared:
+        trained["second"] = roles.second
+    for name, role in trained.items():
+        parameters = role.parameters()
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        assert found[name].parameters == sum(p.numel() for p in parameters)
+        assert found[name].weights == size
+        assert found[name].gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        optimizer = trainer.state.optimizers["fake" if "fake" in name else "student"]
+        states = [optimizer.state[p] for p in parameters]
+        moments = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states)
+        assert found[name].optimizer == moments
+    assert sum(found[n].average for n in trained) == sum(v.nbytes for v in trainer.state.ema.values)
+    frozen = [p for p in roles.teacher.model.parameters() if not p.requires_grad]
+    assert found["teacher"].weights == sum(p.nbytes for p in frozen)
+    assert found["critic"].parameters == sum(p.numel() for p in roles.critic.parameters())
+    last = sorted((recipe.run_folder / "checkpoints").iterdir())[-1] / "state.safetensors"
+    assert plan(recipe).checkpoint == pytest.approx(last.stat().st_size, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_activations_are_those_of_a_real_turn(make_recipe: Make, checkpointed: bool) -> None:
+    recipe = make_recipe(training={"checkpoint_activations": checkpointed, "batch_size": 8})
+    teach(recipe)
+    trainer = Trainer(recipe)
+    batch = trainer.batches.read(0, 0)
+    tokens = int(batch.prompts.lengths.max())
+    found = _measure(recipe, 1, tokens)
+    for name, turn in (("student", trainer.student_turn), ("critic", trainer.critic_turn)):
+        with _live_bytes() as live:
+            turn(batch, Draws(0, 0, "student", CPU)).loss.backward()
+        parameters = (
+            *trainer.roles.student_parameters(),
+            *trainer.roles.fake_parameters(),
+            *trainer.roles.critic.parameters(),
+        )
+        gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        for p in parameters:
+            p.grad = None
+        assert found.activations[name] == pytest.approx(live.peak - gradients, rel=0.1)
+
+
+def test_checkpointing_and_smaller_parts_save_memory(make_recipe: Make) -> None:
+    whole = plan(make_recipe()).activations["student"]
+    checkpointed = plan(make_recipe(training={"checkpoint_activations": True}))
+    parts = plan(make_recipe(training={"micro_batch": 1}))
+    assert checkpointed.activations["student"] < 0.8 * whole
+    assert parts.activations["student"] < 0.5 * whole
+    # In parts or whole, the same operations; recomputation costs more of them.
+    assert parts.flops["student"] == pytest.approx(plan(make_recipe()).flops["student"])
+    assert checkpointed.flops["student"] > plan(make_recipe()).flops["student"]
+
+
+def test_sharding_divides_what_is_sharded(make_recipe: Make) -> None:
+    whole = plan(make_recipe(), processes=2)
+    shard = plan(make_recipe(distributed={"sharding": "shard"}), processes=2)
+    for one, other in zip(whole.roles, shard.roles, strict=True):
+        share = 1 if one.name == "critic" else 2
+        assert other.total * share == one.total
+
+
+REAL = {
+    "name": "real",
+    "teacher": {"model": "Tongyi-MAI/Z-Image-Turbo"},
+    "data": {"height": 1024, "width": 1024},
+    "student": {"parameters": "lora"},
+    "training": {"batch_size": 1, "checkpoint_activations": True},
+}
+
+
+def test_z_image_at_its_real_size() -> None:
+    found = plan(Recipe.parse(REAL), memory_gib=80, prompt_tokens=128, tflops=400)
+    teacher = found.roles[0]
+    assert teacher.name == "teacher"
+    assert teacher.parameters == 6_154_908_736
+    assert teacher.weights == 2 * teacher.parameters
+    # A forward takes 56.5e12 operations. Two steps through the student, a forward and its double
+    # backwards each, recomputed once; frozen weights need no gradient of their own.
+    forwards = found.flops["warm-up"] / 56.5e12
+    assert 5.9 < forwards < 8.1
+    assert found.seconds_per_1000_turns is not None
+    assert found.fits
+
+
+def test_what_does_not_fit_is_told_what_would(make_recipe: Make) -> None:
+    recipe = make_recipe(training={"batch_size": 8})
+    needed = plan(recipe).peak / 2**30
+    assert plan(recipe, memory_gib=needed + 0.001).advice == []
+    tight = plan(recipe, memory_gib=needed - 0.001)
+    assert not tight.fits
+    assert tight.advice[0].startswith("training.checkpoint_activations=true would fit")
+    assert "no setting" in plan(recipe, memory_gib=0.01).advice[-1]
+
+
+def test_the_command_prints_tables_and_json(make_recipe: Make, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(make_recipe().to_yaml())
+    result = CliRunner().invoke(app, ["plan", str(path), "--tflops", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["fits"] is True
+    result = CliRunner().invoke(app, ["plan", str(path), "--memory", "0.5"])
+    assert "does not fit in 0.50 GiB" in result.stdout
+
+
+def test_mistakes_are_named(make_recipe: Make) -> None:
+    with pytest.raises(RecipeError, match="batch_size: 4 cannot be divided among 3"):
+        plan(make_recipe(), processes=3)
+    with pytest.raises(ModelError, match="no model folder"):
+        shape_folder("./nowhere")
