@@ -86,15 +86,12 @@ def test_rows_share_cache_seed_and_start_and_differ_from_the_full_method(
             assert found.name == f"{name}-1"
             budget = recipe(study, "full", common).training.turns
             assert found.training.turns == max(1, round(budget * row.turns))
-            sets = {"one": "shared", "two": "decoupled"}.get(row.start)
-            if sets is None:
-                assert found.student.init is None
-            else:
-                assert found.student.init == f"out/runs/warm-{row.start}/student"
-                assert found.student.sharing == sets
-                start = study.warm_start(row.start, 20, Path("out"), common)
-                assert start.student.sharing == sets
-                assert start.losses.warmup_turns == start.training.turns == 20
+            assert found.losses.warmup_turns == (found.training.turns if row.regression else 0)
+            assert found.student.init is None
+            assert (found.score.model == "out/runs/fitted/score") == row.fitted
+            fit = study.recipe_of_fit(20, Path("out"), common)
+            assert fit.run_folder / "score" == Path("out/runs/fitted/score")
+            assert fit.score.fit_turns == 20
         other = recipe(study, name).model_dump() | {"name": full["name"]}
         assert (other == full) == (name == "full"), name
 
@@ -112,9 +109,11 @@ def test_removals_take_away_one_idea_each(study: ModuleType) -> None:
     assert not without["no_critic"].uses_critic
     assert without["no_matching"].losses.final.distribution_matching == 0
     assert without["external"].data.reals != full.data.reals
+    assert without["teacher_score"].score.model is None
     for name, found in without.items():
-        same = {"data", "student", "losses"} - {
+        same = {"data", "student", "losses", "score"} - {
             "external": {"data"}, "shared": {"student"}, "decoupled": {"student"},
+            "teacher_score": {"score"},
         }.get(name, {"losses"})  # fmt: skip
         for section in same:
             ours, theirs = getattr(found, section), getattr(full, section)
@@ -132,15 +131,13 @@ def test_turns_to_reach(study: ModuleType) -> None:
 
 
 def test_a_run_counts_the_networks_evaluations(
-    make_recipe: Callable[..., Recipe], tmp_path: Path
+    make_recipe: Callable[..., Recipe],
 ) -> None:
     """Per image: 2 calls with gradient in a warm-up turn; 13 in a student's, 10 in a critic's."""
     one_run = load("one_run")
     recipe = make_recipe(training={"validate_every": 100, "sample_every": 100})
-    path = tmp_path / "study.yaml"
-    path.write_text(recipe.to_yaml())
     teach(recipe)
-    one_run.main(path)
+    one_run.run(recipe, 1)
     done = json.loads((recipe.run_folder / "done.json").read_text())
     settings, warm = recipe.training, recipe.losses.warmup_turns
     turns = settings.turns - warm

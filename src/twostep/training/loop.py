@@ -325,9 +325,9 @@ class Trainer:
             "fake": self.recipe.fake.learning_rate,
             "critic": self.recipe.critic.learning_rate,
         }
-        for name, optimizer in self.state.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = rates[name] * factor
+        for name, rate in rates.items():
+            for group in self.state.optimizers[name].param_groups:
+                group["lr"] = rate * factor
 
     def _student_rate(self) -> float:
         """Before the decay at the end of the run."""
