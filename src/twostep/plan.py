@@ -22,7 +22,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from twostep.backbones.model import (
     ModelError,
@@ -38,7 +42,7 @@ from twostep.flow import sigma_schedule
 from twostep.roles import Role, Roles, build_roles
 from twostep.rollout import TwoStep
 from twostep.training.draws import Draws
-from twostep.training.turns import Batch, CriticTurn, StudentTurn, Turn
+from twostep.training.turns import Batch, CriticTurn, ScoreTurn, StudentTurn, Turn
 
 SHAPES = Path(__file__).parent / "shapes"
 # Models whose shape is known without asking the hub.
@@ -50,7 +54,7 @@ _RESERVED_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class RolePlan:
-    """Bytes of one role on one process, all turns long."""
+    """Bytes of one role on one process, while the student is trained."""
 
     name: str
     parameters: int
@@ -177,6 +181,8 @@ def _measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
         }
         if not recipe.losses.warmup_turns:
             del turns["warm-up"]
+        if recipe.score.fit_turns:
+            turns["score"] = ScoreTurn(recipe, roles, shift)
         runs = {name: _run(turn, roles, batch, recipe) for name, turn in turns.items()}
     gathered = _gathered_bytes(roles) if shards > 1 else 0
     activations = {name: found.peak + gathered for name, found in runs.items()}
@@ -202,7 +208,8 @@ def shape_folder(model: str) -> Path:
     """
     if model in _KNOWN:
         return SHAPES / _KNOWN[model]
-    if model.startswith("zoo:") or Path(model).is_dir() or model.count("/") != 1:
+    is_local = model.startswith(("zoo:", ".", "~", "/")) or model.count("/") != 1
+    if is_local or Path(model).is_dir():
         return resolve(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -247,6 +254,9 @@ def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
         if not own:
             continue
         seen.update(id(p) for p in own)
+        if name == "score":
+            # Its gradients and optimizer states are gone before the student's are there.
+            trained = set()
         averaged = name in ("first", "second")
         result.append(_role_plan(name, own, trained, averaged, shards))
     critic = list(roles.critic.parameters())
@@ -307,6 +317,23 @@ def _cache_bytes(recipe: Recipe, folder: Path, prompt_tokens: int) -> int:
     return 4 * prompts * (2 * numbers * recipe.data.samples_per_prompt + prompt_tokens * width)
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward_flops(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+# torch counts attention kernels of CUDA only, and the fake tensors say that they are on the CPU.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
 @dataclass(frozen=True)
 class _Found:
     peak: int
@@ -319,20 +346,27 @@ def _run(
     """One turn forwards and backwards; bytes alive at the peak beside weights and gradients."""
     # Counted one after the other: the counter of operations keeps tensors alive, and so do fake
     # tensors' own traces when an operation comes up for the first time.
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops:
         _turn(turn, batch, recipe)
+    _drop_gradients(roles)
     gc.collect()
     with _live_bytes() as live:
         _turn(turn, batch, recipe)
+    return _Found(max(0, live.peak - _drop_gradients(roles)), flops.get_total_flops())
+
+
+def _drop_gradients(roles: Roles) -> int:
+    """How many bytes they took."""
     parameters = chain(
-        roles.student_parameters(), roles.fake_parameters(), roles.critic.parameters()
-    )
+        roles.student_parameters(), roles.fake_parameters(), roles.critic.parameters(),
+        roles.score.parameters(),
+    )  # fmt: skip
     gradients = 0
     for parameter in parameters:
         if parameter.grad is not None:
             gradients += parameter.grad.numel() * parameter.grad.element_size()
             parameter.grad = None
-    return _Found(max(0, live.peak - gradients), flops.get_total_flops())
+    return gradients
 
 
 def _turn(turn: Callable[[Batch, Draws], Turn], batch: Batch, recipe: Recipe) -> None:
