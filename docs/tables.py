@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent / "studies" / "ablation"))
+
+from study_tables import study_facts, study_table  # noqa: E402
+
 CATEGORIES = ("overall", "single", "two", "counting", "position", "background")
 NAMES = {
     "rendered": "rendered scenes",
@@ -90,10 +95,17 @@ def generate_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+ABLATION = DOCS / "results" / "ablation.json"
+RESULTS = DOCS / "results.md"
 TABLES = {
     "demo": (DOCS.parent / "README.md", DOCS / "results" / "demo.json", demo_table),
     "teacher": (DOCS / "teacher.md", DOCS / "results" / "emoji-teacher.json", teacher_table),
     "generate": (DOCS / "inference.md", DOCS / "results" / "generate.json", generate_table),
+    "study": (RESULTS, ABLATION, study_facts),
+    **{
+        name: (RESULTS, ABLATION, partial(study_table, table=name))
+        for name in ("ladder", "removal")
+    },
 }
 
 

@@ -24,9 +24,13 @@ CPU = torch.device("cpu")
 LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize("student", [{}, {"parameters": "shared"}, LORA], ids=str)
-def test_held_bytes_are_those_of_a_real_run(make_recipe: Make, student: dict) -> None:
-    recipe = make_recipe(student=student)
+@pytest.mark.parametrize(
+    ("student", "fit_turns"), [({}, 1), ({"parameters": "shared"}, 0), (LORA, 2)], ids=str
+)
+def test_held_bytes_are_those_of_a_real_run(
+    make_recipe: Make, student: dict, fit_turns: int
+) -> None:
+    recipe = make_recipe(student=student, score={"fit_turns": fit_turns})
     teach(recipe)
     trainer = Trainer(recipe)
     trainer.train()
@@ -35,6 +39,10 @@ def test_held_bytes_are_those_of_a_real_run(make_recipe: Make, student: dict) ->
     trained = {"first": roles.first, "fake1": roles.fakes[0], "fake2": roles.fakes[1]}
     if not roles.shared:
         trained["second"] = roles.second
+    if fit_turns:
+        fitted = roles.score.parameters()
+        assert found["score"].total == sum(p.nbytes for p in fitted)
+        assert not any(p.grad is not None for p in fitted)
     for name, role in trained.items():
         parameters = role.parameters()
         size = sum(p.numel() * p.element_size() for p in parameters)
@@ -74,6 +82,17 @@ def test_activations_are_those_of_a_real_turn(make_recipe: Make, checkpointed: b
         for p in parameters:
             p.grad = None
         assert found.activations[name] == pytest.approx(live.peak - gradients, rel=0.1)
+
+
+def test_only_what_is_new_counts() -> None:
+    layer, x = torch.nn.Linear(64, 32, bias=False), torch.randn(8, 64)
+    with _live_bytes() as live:
+        y = layer(x)
+        assert live.now == live.peak == y.nbytes == 4 * 8 * 32
+        z = torch.nn.functional.relu(y)[:4]
+        assert live.now == 2 * y.nbytes
+        del y, z
+    assert live.operations == 2 * 8 * 64 * 32
 
 
 def test_checkpointing_and_smaller_parts_save_memory(make_recipe: Make) -> None:

@@ -1,7 +1,7 @@
 """`twostep plan`: what a recipe needs, worked out before anything is loaded.
 
 The turns of the trainer itself run on fake tensors, which have a shape, a type and a life, but no
-memory. Bytes alive are counted as storages come and go, operations by torch's own counter.
+memory. Bytes alive are counted as storages come and go, operations by torch's own formulas.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,11 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import flop_registry
 
 from twostep.backbones.model import (
     ModelError,
@@ -161,7 +157,8 @@ def _measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
         score = str(shape_folder(recipe.score.model))
         changes["score"] = recipe.score.model_copy(update={"model": score})
     recipe = recipe.model_copy(update=changes)
-    roles = build_roles(recipe, _CPU, _load_nothing)
+    with torch.device("meta"):
+        roles = build_roles(recipe, _CPU, _load_nothing)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for role in (roles.teacher, roles.score, roles.first, roles.second, *roles.fakes):
             _make_fake(role.model)
@@ -189,13 +186,14 @@ def _measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     static = sum(role.total for role in held)
     trained = sum(r.parameters for r in held if r.gradients)
     averaged = sum(r.parameters for r in held if r.average)
+    fitted = sum(p.numel() for p in roles.score.parameters())
     return Needs(
         roles=held,
         activations=activations,
         flops={name: found.flops * (settings.batch_size // rows) for name, found in runs.items()},
         peak=static + max(activations.values()) + _RESERVED_BYTES,
         cache=_cache_bytes(recipe, folder, prompt_tokens),
-        checkpoint=4 * (3 * trained + averaged),
+        checkpoint=4 * (3 * trained + averaged + fitted),
         micro_batch=rows,
     )
 
@@ -317,21 +315,17 @@ def _cache_bytes(recipe: Recipe, folder: Path, prompt_tokens: int) -> int:
     return 4 * prompts * (2 * numbers * recipe.data.samples_per_prompt + prompt_tokens * width)
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward_flops(
-    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-
-# torch counts attention kernels of CUDA only, and the fake tensors say that they are on the CPU.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+# torch knows how many operations CUDA's attention kernels take; fake tensors call the CPU's.
+_OPERATIONS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
 }
+# Operations that a fake tensor meets for the first time between two collections.
+_COLLECT_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -344,15 +338,13 @@ def _run(
     turn: Callable[[Batch, Draws], Turn], roles: Roles, batch: Batch, recipe: Recipe
 ) -> _Found:
     """One turn forwards and backwards; bytes alive at the peak beside weights and gradients."""
-    # Counted one after the other: the counter of operations keeps tensors alive, and so do fake
-    # tensors' own traces when an operation comes up for the first time.
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops:
-        _turn(turn, batch, recipe)
-    _drop_gradients(roles)
-    gc.collect()
     with _live_bytes() as live:
-        _turn(turn, batch, recipe)
-    return _Found(max(0, live.peak - _drop_gradients(roles)), flops.get_total_flops())
+        autocast = recipe.training.autocast
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            found = turn(batch, Draws(0, 0, "student", _CPU))
+        if found.terms:
+            found.loss.backward()
+    return _Found(max(0, live.peak - _drop_gradients(roles)), live.operations)
 
 
 def _drop_gradients(roles: Roles) -> int:
@@ -369,42 +361,40 @@ def _drop_gradients(roles: Roles) -> int:
     return gradients
 
 
-def _turn(turn: Callable[[Batch, Draws], Turn], batch: Batch, recipe: Recipe) -> None:
-    autocast = torch.autocast("cpu", torch.bfloat16) if recipe.training.autocast else nullcontext()
-    with autocast:
-        found = turn(batch, Draws(0, 0, "student", _CPU))
-    if found.terms:
-        found.loss.backward()
-
-
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that came alive inside and still are, and the most there were."""
+    """Bytes of the storages that came alive inside and still are, and the most there were.
+
+    Also counts operations, since torch's own counter keeps tensors alive.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
+        self._met = FakeTensorMode.cache_misses
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What first comes up as an argument was there before: a view of it is nothing new.
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
+                storage = leaf.untyped_storage()
+                self._add(storage, storage.nbytes())
+        if (count := _OPERATIONS.get(func._overloadpacket)) is not None:
+            self.operations += int(count(*args, **(kwargs or {}), out_val=result))
+        # What is kept about an operation met for the first time holds its tensors in a cycle.
+        if FakeTensorMode.cache_misses - self._met >= _COLLECT_EVERY:
+            self._met = FakeTensorMode.cache_misses
+            gc.collect()
         return result
 
-    def ignore(self, tensors: Iterator[Tensor]) -> None:
-        """Storages that were there before."""
-        for tensor in tensors:
-            self._watch(tensor.untyped_storage(), 0)
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
         if key in self._known:
             return
-        self._watch(storage, storage.nbytes())
-
-    def _watch(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
 
         def gone(_: Any) -> None:
             self._known.pop(key, None)
@@ -417,8 +407,13 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _live_bytes() -> Iterator[_LiveBytes]:
-    with _LiveBytes() as mode:
-        yield mode
+    gc.collect()
+    gc.freeze()  # so that collections look at what is new only
+    try:
+        with _LiveBytes() as mode:
+            yield mode
+    finally:
+        gc.unfreeze()
 
 
 def tables(found: Plan) -> Iterator[Table | str]:

@@ -4,8 +4,8 @@ python studies/ablation/run.py --quick --rows full         one row in minutes on
 python studies/ablation/run.py --rows full,shared --seeds 3
 python studies/ablation/run.py --jobs 2                    every row, two runs at a time
 
-Run it again to go on where it stopped: finished runs, images and figures are kept. tables.py prints
-the tables, plots.py draws the curves.
+Run it again to go on where it stopped: finished runs, images and figures are kept.
+study_tables.py prints the tables, plots.py draws the curves.
 """
 
 from __future__ import annotations

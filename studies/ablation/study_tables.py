@@ -1,6 +1,6 @@
 """Prints the study's tables, as Markdown.
 
-python studies/ablation/tables.py runs/ablation/results.json
+python studies/ablation/study_tables.py runs/ablation/results.json
 """
 
 from __future__ import annotations
