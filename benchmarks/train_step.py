@@ -30,7 +30,8 @@ from twostep.config import Recipe
 from twostep.devices import pick_device
 from twostep.files import write_atomically
 from twostep.flow import sigma_schedule
-from twostep.plan import plan, random_batch, shape_folder
+from twostep.planning.plan import plan
+from twostep.planning.shapes import random_batch, shape_folder
 from twostep.provenance import git_commit, machine
 from twostep.roles import Roles, build_roles
 from twostep.rollout import TwoStep

@@ -23,7 +23,7 @@ LAYERS = [
     ["roles", "teacher_cache", "pipeline", "generate"],
     ["teach", "compare"],
     ["training", "evaluation"],
-    ["demo", "exports", "plan"],
+    ["demo", "exports", "planning"],
     ["cli"],
     ["__main__"],
 ]

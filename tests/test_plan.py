@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from twostep.backbones.model import ModelError
 from twostep.cli import app
 from twostep.config import Recipe, RecipeError
-from twostep.plan import _live_bytes, _measure, plan, shape_folder
+from twostep.planning.live_bytes import live_bytes
+from twostep.planning.plan import measure, plan
+from twostep.planning.shapes import shape_folder
 from twostep.teach import teach
 from twostep.training.draws import Draws
 from twostep.training.loop import Trainer
@@ -69,9 +71,9 @@ def test_activations_are_those_of_a_real_turn(make_recipe: Make, checkpointed: b
     trainer = Trainer(recipe)
     batch = trainer.batches.read(0, 0)
     tokens = int(batch.prompts.lengths.max())
-    found = _measure(recipe, 1, tokens)
+    found = measure(recipe, 1, tokens)
     for name, turn in (("student", trainer.student_turn), ("critic", trainer.critic_turn)):
-        with _live_bytes() as live:
+        with live_bytes() as live:
             turn(batch, Draws(0, 0, "student", CPU)).loss.backward()
         parameters = (
             *trainer.roles.student_parameters(),
@@ -86,7 +88,7 @@ def test_activations_are_those_of_a_real_turn(make_recipe: Make, checkpointed: b
 
 def test_only_what_is_new_counts() -> None:
     layer, x = torch.nn.Linear(64, 32, bias=False), torch.randn(8, 64)
-    with _live_bytes() as live:
+    with live_bytes() as live:
         y = layer(x)
         assert live.now == live.peak == y.nbytes == 4 * 8 * 32
         z = torch.nn.functional.relu(y)[:4]

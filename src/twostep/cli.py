@@ -93,8 +93,8 @@ def plan(
     Example: twostep plan recipes/z-image-turbo-lora.yaml --gpus 1 --memory 80 --tflops 400
     """
     from twostep.config import Recipe
-    from twostep.plan import plan as run
-    from twostep.plan import tables
+    from twostep.planning.plan import plan as run
+    from twostep.planning.tables import tables
 
     _quiet()
     found = run(Recipe.load(recipe, overrides or ()), gpus, memory, prompt_tokens, tflops)

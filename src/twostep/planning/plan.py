@@ -6,44 +6,33 @@ memory. Bytes alive are counted as storages come and go, operations by torch's o
 
 from __future__ import annotations
 
-import gc
 import json
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from twostep.backbones.model import (
-    ModelError,
-    latent_shape,
-    read_architecture,
-    read_shift,
-    resolve,
-    unloaded_transformer,
-)
-from twostep.backbones.zimage import SEQUENCE_MULTIPLE, PromptBatch, ZImageVelocity
+from twostep.backbones.model import read_shift
 from twostep.config import Recipe, RecipeError
 from twostep.flow import sigma_schedule
+from twostep.planning.live_bytes import live_bytes
+from twostep.planning.shapes import (
+    CPU,
+    cache_bytes,
+    load_nothing,
+    make_fake,
+    random_batch,
+    shape_folder,
+)
 from twostep.roles import Role, Roles, build_roles
 from twostep.rollout import TwoStep
 from twostep.training.draws import Draws
 from twostep.training.turns import Batch, CriticTurn, ScoreTurn, StudentTurn, Turn
 
-SHAPES = Path(__file__).parent / "shapes"
-# Models whose shape is known without asking the hub.
-_KNOWN = {"Tongyi-MAI/Z-Image-Turbo": "z-image-turbo", "Tongyi-MAI/Z-Image": "z-image-turbo"}
-_CPU = torch.device("cpu")
 # The CUDA context, cuBLAS workspaces and what the allocator cannot reuse.
 _RESERVED_BYTES = 2 << 30
 
@@ -125,7 +114,7 @@ def plan(
     Raises:
         RecipeError, ModelError: for a recipe that cannot run.
     """
-    needs, memory = _measure(recipe, processes, prompt_tokens), int(memory_gib * 2**30)
+    needs, memory = measure(recipe, processes, prompt_tokens), int(memory_gib * 2**30)
     seconds = None
     if tflops is not None:
         critic_turns = recipe.training.critic_turns
@@ -143,7 +132,8 @@ def plan(
     )
 
 
-def _measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
+def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
+    """Builds the roles without weights and runs their turns."""
     folder = shape_folder(recipe.teacher.model)
     settings = recipe.training
     if settings.batch_size % processes:
@@ -158,15 +148,17 @@ def _measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
         changes["score"] = recipe.score.model_copy(update={"model": score})
     recipe = recipe.model_copy(update=changes)
     with torch.device("meta"):
-        roles = build_roles(recipe, _CPU, _load_nothing)
+        roles = build_roles(recipe, CPU, load_nothing)
+    shards = 1
+    if recipe.distributed.sharding == "shard":
+        shards = recipe.distributed.shard_size or processes
+    held = _roles(recipe, roles, shards)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        # Sharded weights are gathered in the type they compute in, and not cast once more.
+        gathered_dtype = torch.bfloat16 if shards > 1 and settings.autocast else None
         for role in (roles.teacher, roles.score, roles.first, roles.second, *roles.fakes):
-            _make_fake(role.model)
-        _make_fake(roles.critic)
-        shards = processes if recipe.distributed.sharding == "shard" else 1
-        if recipe.distributed.shard_size is not None:
-            shards = recipe.distributed.shard_size
-        held = _roles(recipe, roles, shards)
+            make_fake(role.model, gathered_dtype)
+        make_fake(roles.critic)
         shift = recipe.shift or read_shift(folder)
         step2_sigma = recipe.step2_sigma or sigma_schedule(2, shift)[1]
         student = StudentTurn(recipe, roles, TwoStep(step2_sigma, recipe.student.transition), shift)
@@ -192,47 +184,10 @@ def _measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
         activations=activations,
         flops={name: found.flops * (settings.batch_size // rows) for name, found in runs.items()},
         peak=static + max(activations.values()) + _RESERVED_BYTES,
-        cache=_cache_bytes(recipe, folder, prompt_tokens),
+        cache=cache_bytes(recipe, folder, prompt_tokens),
         checkpoint=4 * (3 * trained + averaged + fitted),
         micro_batch=rows,
     )
-
-
-def shape_folder(model: str) -> Path:
-    """A folder with at least the configurations of `model`; weights are not fetched.
-
-    Raises:
-        ModelError: if there is none, here or on the hub.
-    """
-    if model in _KNOWN:
-        return SHAPES / _KNOWN[model]
-    is_local = model.startswith(("zoo:", ".", "~", "/")) or model.count("/") != 1
-    if is_local or Path(model).is_dir():
-        return resolve(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{model!r} is no local folder, nor could the hub be asked: {error}"
-        ) from error
-
-
-def _load_nothing(folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
-    with torch.device("meta"):
-        transformer = unloaded_transformer(folder, part, dtype)
-    return ZImageVelocity(transformer).eval()
-
-
-def _make_fake(module: nn.Module) -> None:
-    """Fake tensors on the CPU for the module's parameters: unlike meta tensors they autocast."""
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if not isinstance(parameter, FakeTensor):
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=_CPU)
-                setattr(owner, name, nn.Parameter(fake, parameter.requires_grad))
 
 
 def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
@@ -282,52 +237,6 @@ def _gathered_bytes(roles: Roles) -> int:
     return max(sum(p.numel() for p in block.parameters()) for block in blocks) * (2 * 2 + 4)
 
 
-def random_batch(
-    recipe: Recipe,
-    folder: Path,
-    rows: int,
-    prompt_tokens: int,
-    device: torch.device = _CPU,
-) -> Batch:
-    """A batch of noise in the shapes that the recipe's turns have."""
-    channels, scale = _latents(folder)
-    shape = (rows, *latent_shape(channels, scale, recipe.data.height, recipe.data.width))
-    width = int(read_architecture(folder)["cap_feat_dim"])
-    tokens = prompt_tokens + (-prompt_tokens) % SEQUENCE_MULTIPLE
-    lengths = torch.full((rows,), prompt_tokens, device=device)
-    prompts = PromptBatch(torch.randn(rows, tokens, width, device=device), lengths, True)
-    latents = torch.randn(shape, device=device)
-    return Batch(latents, latents, latents, latents, prompts, prompts, prompts)
-
-
-def _latents(folder: Path) -> tuple[int, int]:
-    """The model's latent channels and its VAE's pixels per latent."""
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    return int(read_architecture(folder)["in_channels"]), 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def _cache_bytes(recipe: Recipe, folder: Path, prompt_tokens: int) -> int:
-    channels, scale = _latents(folder)
-    numbers = channels * (recipe.data.height // scale) * (recipe.data.width // scale)
-    width = int(read_architecture(folder)["cap_feat_dim"])
-    prompts = recipe.data.prompt_count
-    # Latents at the end and, where the student's second level is the teacher's, on the way.
-    return 4 * prompts * (2 * numbers * recipe.data.samples_per_prompt + prompt_tokens * width)
-
-
-# torch knows how many operations CUDA's attention kernels take; fake tensors call the CPU's.
-_OPERATIONS = flop_registry | {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention
-    ],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ],
-}
-# Operations that a fake tensor meets for the first time between two collections.
-_COLLECT_EVERY = 20
-
-
 @dataclass(frozen=True)
 class _Found:
     peak: int
@@ -338,10 +247,10 @@ def _run(
     turn: Callable[[Batch, Draws], Turn], roles: Roles, batch: Batch, recipe: Recipe
 ) -> _Found:
     """One turn forwards and backwards; bytes alive at the peak beside weights and gradients."""
-    with _live_bytes() as live:
+    with live_bytes() as live:
         autocast = recipe.training.autocast
         with torch.autocast("cpu", torch.bfloat16, autocast):
-            found = turn(batch, Draws(0, 0, "student", _CPU))
+            found = turn(batch, Draws(0, 0, "student", CPU))
         if found.terms:
             found.loss.backward()
     return _Found(max(0, live.peak - _drop_gradients(roles)), live.operations)
@@ -359,88 +268,6 @@ def _drop_gradients(roles: Roles) -> int:
             gradients += parameter.grad.numel() * parameter.grad.element_size()
             parameter.grad = None
     return gradients
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that came alive inside and still are, and the most there were.
-
-    Also counts operations, since torch's own counter keeps tensors alive.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.operations = 0
-        self._met = FakeTensorMode.cache_misses
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What first comes up as an argument was there before: a view of it is nothing new.
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage(), 0)
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._add(storage, storage.nbytes())
-        if (count := _OPERATIONS.get(func._overloadpacket)) is not None:
-            self.operations += int(count(*args, **(kwargs or {}), out_val=result))
-        # What is kept about an operation met for the first time holds its tensors in a cycle.
-        if FakeTensorMode.cache_misses - self._met >= _COLLECT_EVERY:
-            self._met = FakeTensorMode.cache_misses
-            gc.collect()
-        return result
-
-    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-            self.now -= size
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-@contextmanager
-def _live_bytes() -> Iterator[_LiveBytes]:
-    gc.collect()
-    gc.freeze()  # so that collections look at what is new only
-    try:
-        with _LiveBytes() as mode:
-            yield mode
-    finally:
-        gc.unfreeze()
-
-
-def tables(found: Plan) -> Iterator[Table | str]:
-    """What a person wants to see of a plan."""
-    roles = Table(title=f"Memory of each of {found.processes} processes, GiB", title_justify="left")
-    for column in ("role", "parameters", "weights", "gradients", "optimizer", "average", "total"):
-        roles.add_column(column, justify="left" if column == "role" else "right")
-    for role in found.roles:
-        sizes = (role.weights, role.gradients, role.optimizer, role.average, role.total)
-        roles.add_row(role.name, f"{role.parameters:,}", *(_gib(size) for size in sizes))
-    yield roles
-    turns = Table(title=f"Turns, {found.micro_batch} samples at a time", title_justify="left")
-    for column in ("turn", "activations, GiB", "operations, 1e12"):
-        turns.add_column(column, justify="left" if column == "turn" else "right")
-    for name, size in found.activations.items():
-        turns.add_row(name, _gib(size), f"{found.flops[name] / 1e12:,.3g}")
-    yield turns
-    verdict = "fits in" if found.fits else "does not fit in"
-    yield f"peak {_gib(found.peak)} GiB: {verdict} {_gib(found.memory)} GiB"
-    yield f"disk: teacher cache {_gib(found.cache)} GiB, a checkpoint {_gib(found.checkpoint)} GiB"
-    if found.seconds_per_1000_turns is not None:
-        yield f"1,000 student turns: {found.seconds_per_1000_turns / 3600:.1f} hours"
-    yield from found.advice
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.2f}"
 
 
 def _advice(recipe: Recipe, processes: int, prompt_tokens: int, memory: int) -> Iterator[str]:
@@ -463,7 +290,7 @@ def _advice(recipe: Recipe, processes: int, prompt_tokens: int, memory: int) -> 
     for name, changes in steps:
         applied.append(name)
         recipe = _with(recipe, changes)
-        peak = _measure(recipe, processes, prompt_tokens).peak
+        peak = measure(recipe, processes, prompt_tokens).peak
         if peak <= memory:
             yield f"{' '.join(applied)} would fit: {peak / 2**30:.1f} GiB"
             return

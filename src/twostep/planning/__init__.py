@@ -1,0 +1,1 @@
+"""What a recipe needs, worked out before anything is loaded."""

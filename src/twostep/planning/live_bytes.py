@@ -1,0 +1,84 @@
+"""Counts the bytes that are alive while code runs, and its operations; on fake tensors, too."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+# torch knows how many operations CUDA's attention kernels take; fake tensors call the CPU's.
+_OPERATIONS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+# Operations that a fake tensor meets for the first time between two collections.
+_COLLECT_EVERY = 20
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that came alive inside and still are, and the most there were.
+
+    Also counts operations, since torch's own counter keeps tensors alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.operations = 0
+        self._met = FakeTensorMode.cache_misses
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What first comes up as an argument was there before: a view of it is nothing new.
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage(), 0)
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self._add(storage, storage.nbytes())
+        if (count := _OPERATIONS.get(func._overloadpacket)) is not None:
+            self.operations += int(count(*args, **(kwargs or {}), out_val=result))
+        # What is kept about an operation met for the first time holds its tensors in a cycle.
+        if FakeTensorMode.cache_misses - self._met >= _COLLECT_EVERY:
+            self._met = FakeTensorMode.cache_misses
+            gc.collect()
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@contextmanager
+def live_bytes() -> Iterator[LiveBytes]:
+    """Counts what runs inside."""
+    gc.collect()
+    gc.freeze()  # so that collections look at what is new only
+    try:
+        with LiveBytes() as mode:
+            yield mode
+    finally:
+        gc.unfreeze()

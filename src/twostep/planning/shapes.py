@@ -1,0 +1,102 @@
+"""Models without weights, and batches without data, in the shapes of a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from twostep.backbones.model import (
+    ModelError,
+    latent_shape,
+    read_architecture,
+    resolve,
+    unloaded_transformer,
+)
+from twostep.backbones.zimage import SEQUENCE_MULTIPLE, PromptBatch, ZImageVelocity
+from twostep.config import Recipe
+from twostep.training.turns import Batch
+
+CONFIGURATIONS = Path(__file__).parent / "configurations"
+# Models whose shape is known without asking the hub.
+_KNOWN = {"Tongyi-MAI/Z-Image-Turbo": "z-image-turbo", "Tongyi-MAI/Z-Image": "z-image-turbo"}
+CPU = torch.device("cpu")
+
+
+def shape_folder(model: str) -> Path:
+    """A folder with at least the configurations of `model`; weights are not fetched.
+
+    Raises:
+        ModelError: if there is none, here or on the hub.
+    """
+    if model in _KNOWN:
+        return CONFIGURATIONS / _KNOWN[model]
+    is_local = model.startswith(("zoo:", ".", "~", "/")) or model.count("/") != 1
+    if is_local or Path(model).is_dir():
+        return resolve(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{model!r} is no local folder, nor could the hub be asked: {error}"
+        ) from error
+
+
+def load_nothing(folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
+    """The folder's transformer on the meta device."""
+    with torch.device("meta"):
+        transformer = unloaded_transformer(folder, part, dtype)
+    return ZImageVelocity(transformer).eval()
+
+
+def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Fake tensors on the CPU for the module's parameters: unlike meta tensors they autocast.
+
+    Args:
+        dtype: of all of them; each keeps its own if None.
+    """
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not isinstance(parameter, FakeTensor):
+                fake = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=CPU)
+                setattr(owner, name, nn.Parameter(fake, parameter.requires_grad))
+
+
+def random_batch(
+    recipe: Recipe,
+    folder: Path,
+    rows: int,
+    prompt_tokens: int,
+    device: torch.device = CPU,
+) -> Batch:
+    """A batch of noise in the shapes that the recipe's turns have."""
+    channels, scale = latents_of(folder)
+    shape = (rows, *latent_shape(channels, scale, recipe.data.height, recipe.data.width))
+    width = int(read_architecture(folder)["cap_feat_dim"])
+    tokens = prompt_tokens + (-prompt_tokens) % SEQUENCE_MULTIPLE
+    lengths = torch.full((rows,), prompt_tokens, device=device)
+    prompts = PromptBatch(torch.randn(rows, tokens, width, device=device), lengths, True)
+    latents = torch.randn(shape, device=device)
+    return Batch(latents, latents, latents, latents, prompts, prompts, prompts)
+
+
+def latents_of(folder: Path) -> tuple[int, int]:
+    """The model's latent channels and its VAE's pixels per latent."""
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    return int(read_architecture(folder)["in_channels"]), 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def cache_bytes(recipe: Recipe, folder: Path, prompt_tokens: int) -> int:
+    """Bytes of the teacher's cache on disk."""
+    channels, scale = latents_of(folder)
+    numbers = channels * (recipe.data.height // scale) * (recipe.data.width // scale)
+    width = int(read_architecture(folder)["cap_feat_dim"])
+    prompts = recipe.data.prompt_count
+    # Latents at the end and, where the student's second level is the teacher's, on the way.
+    return 4 * prompts * (2 * numbers * recipe.data.samples_per_prompt + prompt_tokens * width)
