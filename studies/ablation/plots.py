@@ -1,4 +1,4 @@
-"""Draws the study's curves: validation distance against turns, and against evaluations.
+"""Draws the study's curves: the validated distance of the preview against turns.
 
 python studies/ablation/plots.py runs/ablation/results.json runs/ablation/curves.png
 """
@@ -13,26 +13,26 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot
 
-PANELS = {"ladder": "From nothing to the method", "peer": "Other methods, equal evaluations"}
+PANELS = {"ladder": "From nothing to the method", "removal": "The method less one idea"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """A panel per table of `PANELS`; bands are the range over seeds."""
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 4), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 5), constrained_layout=True)
     for axis, (table, title) in zip(axes, PANELS.items(), strict=True):
         for name, label in results["tables"][table].items():
             runs = results["rows"].get(name)
             if runs is None:
                 continue
             share = np.array([point["turn"] for point in runs[0]["curve"]], float)
-            values = np.array([[point["distance"] for point in run["curve"]] for run in runs])
+            values = np.array([[point["step1_distance"] for point in run["curve"]] for run in runs])
             (line,) = axis.plot(share / share[-1], values.mean(0), label=label)
             axis.fill_between(
                 share / share[-1], values.min(0), values.max(0), color=line.get_color(), alpha=0.15
             )
-        axis.set(title=title, xlabel="share of the budget", ylabel="validation distance")
+        axis.set(title=title, xlabel="share of the budget", ylabel="distance of the preview")
         axis.set_yscale("log")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(path, dpi=110)
 
 

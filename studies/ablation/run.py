@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
 import typer
@@ -42,7 +41,7 @@ QUICK = (
 # Turns that fit the score to the teacher's images, once for all rows.
 FIT_TURNS, QUICK_FIT_TURNS = 400, 20
 FIT = ("training.batch_size=16", "training.turns=1", "training.critic_warmup_turns=0")
-# The row whose end, on average, is the quality that "turns to reach" asks for.
+# The row whose best, with the same seed, is the quality that "turns to reach" asks for.
 MARK = "dmd"
 
 
@@ -152,11 +151,13 @@ def main(
         return
     found = comparison.figures
     runs: dict[str, list[dict[str, Any]]] = {}
-    for (name, _), recipe in done.items():
-        runs.setdefault(name, []).append(_of_run(recipe, found))
+    for (name, seed), recipe in done.items():
+        runs.setdefault(name, []).append({"seed": seed, **_of_run(recipe, found)})
     results = {
         **{k: v for k, v in found.items() if k not in ("models", "gap_closed")},
-        "command": " ".join(["python", "studies/ablation/run.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "studies/ablation/run.py", *(a for a in sys.argv[1:] if a != "--judge")]
+        ),
         "turns": Recipe.load(BASE, common).training.turns,
         "batch_size": first.training.batch_size,
         "fit_turns": fit_turns,
@@ -202,9 +203,13 @@ def _with_turns_to_reach(
 ) -> dict[str, list[dict[str, Any]]]:
     if MARK not in runs:
         return runs
-    quality = mean(run["validation_distance"] for run in runs[MARK])
+    # Seed by seed: each validates on prompts of its own.
+    marks = {run["seed"]: run["validation_distance"] for run in runs[MARK]}
     return {
-        name: [run | {"turns_to_reach": turns_to_reach(run["curve"], quality)} for run in of_row]
+        name: [
+            run | {"turns_to_reach": turns_to_reach(run["curve"], marks.get(run["seed"], 0.0))}
+            for run in of_row
+        ]
         for name, of_row in runs.items()
     }
 
