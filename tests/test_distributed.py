@@ -91,12 +91,13 @@ def test_two_processes_equal_one(
     distributed: dict[str, Any],
     micro_batch: int | None,
 ) -> None:
-    alone = make_recipe("alone", student=student)
+    alone = make_recipe("alone", student=student, score={"fit_turns": 2})
     teach(alone)
     Trainer(alone).train()
     together = make_recipe(
         "together",
         student=student,
+        score={"fit_turns": 2},
         distributed=distributed,
         training={"micro_batch": micro_batch},
     )

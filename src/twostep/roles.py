@@ -159,6 +159,7 @@ def build_roles(recipe: Recipe, device: torch.device, load: Load | None = None) 
     folder = resolve(recipe.teacher.model)
     starts = _starts(recipe, folder)
     _check_critic_layers(recipe, folder)
+    _check_score(recipe, folder)
     compiled, frozen_dtype = recipe.training.compile, getattr(torch, recipe.teacher.dtype)
     trained: dict[str, Role]
     if recipe.student.parameters == "lora":
@@ -177,11 +178,8 @@ def build_roles(recipe: Recipe, device: torch.device, load: Load | None = None) 
     fakes = tuple(role for name, role in trained.items() if name.startswith("fake"))
     score = trained.get("score", teacher)
     if recipe.score.model is not None and score is teacher:
-        score = FullRole(
-            _load_score(resolve(recipe.score.model), teacher.model, load, frozen_dtype),
-            False,
-            compiled,
-        )
+        model = load(resolve(recipe.score.model), "transformer", frozen_dtype)
+        score = FullRole(model, False, compiled)
     # The heads are drawn from the recipe's seed, whatever was drawn before.
     layers, width = len(recipe.critic.layers), recipe.critic.width
     with torch.random.fork_rng(devices=[]):
@@ -243,10 +241,10 @@ def _backbone(recipe: Recipe, model: ZImageVelocity, names: list[str]) -> Shared
     return backbone
 
 
-def _load_score(
-    folder: Path, teacher: ZImageVelocity, load: Load, dtype: torch.dtype
-) -> ZImageVelocity:
-    ours, theirs = teacher.channels, int(read_architecture(folder)["in_channels"])
+def _check_score(recipe: Recipe, teacher: Path) -> None:
+    if recipe.score.model is None:
+        return
+    folders = (teacher, resolve(recipe.score.model))
+    ours, theirs = (int(read_architecture(folder)["in_channels"]) for folder in folders)
     if ours != theirs:
         raise RecipeError(f"score.model: has {theirs} latent channels, the teacher has {ours}")
-    return load(folder, "transformer", dtype)
