@@ -121,17 +121,21 @@ class Roles:
     def fake_parameters(self) -> list[nn.Parameter]:
         return [p for fake in self.fakes for p in fake.parameters()]
 
+    def by_name(self) -> dict[str, Role]:
+        """Every role once; one that plays several parts under the first of their names."""
+        named = {"teacher": self.teacher, "score": self.score}
+        named |= {"first": self.first, "second": self.second}
+        named |= {f"fake{index + 1}": fake for index, fake in enumerate(self.fakes)}
+        once: dict[str, Role] = {}
+        for name, role in named.items():
+            if all(role is not other for other in once.values()):
+                once[name] = role
+        return once
+
     def trained_modules(self) -> dict[str, nn.Module]:
         """Every trained module by name, as a checkpoint holds them."""
-        modules: dict[str, nn.Module] = {"first": self.first.trained_module()}
-        if self.score.parameters():
-            modules["score"] = self.score.trained_module()
-        if not self.shared:
-            modules["second"] = self.second.trained_module()
-        for index, fake in enumerate(self.fakes):
-            modules[f"fake{index + 1}"] = fake.trained_module()
-        modules["critic"] = self.critic
-        return modules
+        modules = {n: r.trained_module() for n, r in self.by_name().items() if r.parameters()}
+        return {**modules, "critic": self.critic}
 
 
 # (folder, part, dtype) -> the part's transformer, where it is to run

@@ -32,9 +32,8 @@ class CountingTrainer(Trainer):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.evaluations, self._counting = 0, False
-        roles = self.roles
-        named: list[Any] = [roles.teacher, roles.score, roles.first, roles.second, *roles.fakes]
-        for role in {id(role): role for role in named}.values():
+        roles: list[Any] = list(self.roles.by_name().values())
+        for role in roles:
             role._forward = self._counted(role._forward)
 
     def _counted(self, forward: Callable[..., Prediction]) -> Callable[..., Prediction]:

@@ -21,15 +21,18 @@ ZOO = Path(__file__).parent.parent / "zoo"
 MAX_PIXELS = 2048 * 2048
 _COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 # Pickled weights are never fetched, let alone opened.
-_HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+_HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
 
 
 class ModelError(UserError, ValueError):
     """A model folder that cannot be used; the message says what was expected."""
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
     """The folder that `name` means: `zoo:NAME`, a local diffusers folder, or a hub id.
+
+    Args:
+        patterns: the files that are fetched of a model on the hub.
 
     Raises:
         ModelError: if there is no such folder, or parts of it are missing.
@@ -48,7 +51,7 @@ def resolve(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+            folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ModelError(
                 f"{name!r} is no local folder, nor could the hub be asked: {error}"

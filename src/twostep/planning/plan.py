@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twostep.backbones.model import read_shift
-from twostep.config import Recipe, RecipeError
+from twostep.config import Recipe
 from twostep.flow import sigma_schedule
 from twostep.planning.live_bytes import live_bytes
 from twostep.planning.shapes import (
@@ -28,10 +28,11 @@ from twostep.planning.shapes import (
     random_batch,
     shape_folder,
 )
-from twostep.roles import Role, Roles, build_roles
+from twostep.roles import Roles, build_roles
 from twostep.rollout import TwoStep
 from twostep.training.draws import Draws
 from twostep.training.turns import Batch, CriticTurn, ScoreTurn, StudentTurn, Turn
+from twostep.training.world import divide_batch
 
 # The CUDA context, cuBLAS workspaces and what the allocator cannot reuse.
 _RESERVED_BYTES = 2 << 30
@@ -136,12 +137,7 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     """Builds the roles without weights and runs their turns."""
     folder = shape_folder(recipe.teacher.model)
     settings = recipe.training
-    if settings.batch_size % processes:
-        raise RecipeError(
-            f"training.batch_size: {settings.batch_size} cannot be divided among "
-            f"{processes} processes"
-        )
-    rows = min(settings.micro_batch or settings.batch_size, settings.batch_size // processes)
+    _, rows = divide_batch(settings.batch_size, processes, settings.micro_batch)
     changes: dict[str, Any] = {"teacher": recipe.teacher.model_copy(update={"model": str(folder)})}
     if recipe.score.model is not None:
         score = str(shape_folder(recipe.score.model))
@@ -156,7 +152,7 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Sharded weights are gathered in the type they compute in, and not cast once more.
         gathered_dtype = torch.bfloat16 if shards > 1 and settings.autocast else None
-        for role in (roles.teacher, roles.score, roles.first, roles.second, *roles.fakes):
+        for role in roles.by_name().values():
             make_fake(role.model, gathered_dtype)
         make_fake(roles.critic)
         shift = recipe.shift or read_shift(folder)
@@ -192,20 +188,15 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
 
 def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
     """Every role once; what several of them share stands with the first."""
-    named: list[tuple[str, Role]] = [("teacher", roles.teacher), ("score", roles.score)]
-    named += [("first", roles.first), ("second", roles.second)]
-    named += [(f"fake{i + 1}", fake) for i, fake in enumerate(roles.fakes)]
     seen: set[int] = set()
     result = []
-    for name, role in named:
+    for name, role in roles.by_name().items():
         trained = {id(p) for p in role.parameters()}
         own = [p for p in role.model.parameters() if id(p) not in seen]
         if recipe.student.parameters == "lora" and trained:
             own = [p for p in own if id(p) in trained]
         elif recipe.student.parameters == "lora":
             own = [p for p in own if not p.requires_grad]
-        if not own:
-            continue
         seen.update(id(p) for p in own)
         if name == "score":
             # Its gradients and optimizer states are gone before the student's are there.
@@ -258,12 +249,9 @@ def _run(
 
 def _drop_gradients(roles: Roles) -> int:
     """How many bytes they took."""
-    parameters = chain(
-        roles.student_parameters(), roles.fake_parameters(), roles.critic.parameters(),
-        roles.score.parameters(),
-    )  # fmt: skip
     gradients = 0
-    for parameter in parameters:
+    modules = roles.trained_modules().values()
+    for parameter in chain.from_iterable(module.parameters() for module in modules):
         if parameter.grad is not None:
             gradients += parameter.grad.numel() * parameter.grad.element_size()
             parameter.grad = None

@@ -10,13 +10,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from twostep.backbones.model import (
-    ModelError,
     latent_shape,
     read_architecture,
     resolve,
     unloaded_transformer,
 )
-from twostep.backbones.zimage import SEQUENCE_MULTIPLE, PromptBatch, ZImageVelocity
+from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.config import Recipe
 from twostep.training.turns import Batch
 
@@ -34,18 +33,7 @@ def shape_folder(model: str) -> Path:
     """
     if model in _KNOWN:
         return CONFIGURATIONS / _KNOWN[model]
-    is_local = model.startswith(("zoo:", ".", "~", "/")) or model.count("/") != 1
-    if is_local or Path(model).is_dir():
-        return resolve(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{model!r} is no local folder, nor could the hub be asked: {error}"
-        ) from error
+    return resolve(model, patterns=("*.json",))
 
 
 def load_nothing(folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
@@ -79,9 +67,7 @@ def random_batch(
     channels, scale = latents_of(folder)
     shape = (rows, *latent_shape(channels, scale, recipe.data.height, recipe.data.width))
     width = int(read_architecture(folder)["cap_feat_dim"])
-    tokens = prompt_tokens + (-prompt_tokens) % SEQUENCE_MULTIPLE
-    lengths = torch.full((rows,), prompt_tokens, device=device)
-    prompts = PromptBatch(torch.randn(rows, tokens, width, device=device), lengths, True)
+    prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * rows, device)
     latents = torch.randn(shape, device=device)
     return Batch(latents, latents, latents, latents, prompts, prompts, prompts)
 

@@ -43,17 +43,7 @@ class World:
         Raises:
             RecipeError: if the batch cannot be divided so.
         """
-        own, rest = divmod(batch_size, self.size)
-        if rest or not own:
-            raise RecipeError(
-                f"training.batch_size: {batch_size} cannot be divided among {self.size} processes"
-            )
-        size = min(micro_batch or own, own)
-        if own % size:
-            raise RecipeError(
-                f"training.micro_batch: {micro_batch} does not divide the {own} samples of each "
-                f"process (training.batch_size {batch_size}, {self.size} processes)"
-            )
+        own, size = divide_batch(batch_size, self.size, micro_batch)
         first = self.rank * own
         return [slice(i, i + size) for i in range(first, first + own, size)]
 
@@ -113,6 +103,26 @@ class World:
         """Ends what joining began; the process may not train on."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def divide_batch(batch_size: int, processes: int, micro_batch: int | None) -> tuple[int, int]:
+    """The samples of each process, and of each of its micro-batches.
+
+    Raises:
+        RecipeError: if the batch cannot be divided so.
+    """
+    own, rest = divmod(batch_size, processes)
+    if rest or not own:
+        raise RecipeError(
+            f"training.batch_size: {batch_size} cannot be divided among {processes} processes"
+        )
+    size = min(micro_batch or own, own)
+    if own % size:
+        raise RecipeError(
+            f"training.micro_batch: {micro_batch} does not divide the {own} samples of each "
+            f"process (training.batch_size {batch_size}, {processes} processes)"
+        )
+    return own, size
 
 
 def whole(tensor: Tensor) -> Tensor:
