@@ -19,6 +19,7 @@ LAYERS = [
     ["errors", "files", "flow", "metrics", "critic", "pictures", "standalone_pipeline"],
     ["config", "emoji", "losses", "rollout", "provenance"],
     ["backbones", "devices", "processes", "prompts"],
+    ["lora_pair", "memory"],
     ["sampler", "reals", "adapters"],
     ["roles", "teacher_cache", "pipeline", "generate"],
     ["teach", "compare"],

@@ -17,7 +17,7 @@ from twostep.backbones.model import ZOO, ModelError
 from twostep.cli import app
 from twostep.exports.comfyui import allows_fp16, to_comfyui, workflow
 from twostep.exports.export import assemble, export
-from twostep.exports.lora import low_rank_difference
+from twostep.exports.lora import low_rank_difference, rank_for
 from twostep.pipeline import STANDALONE, TwoStepPipeline, save_student
 from twostep.rollout import TwoStep, seeded_noise
 
@@ -140,6 +140,30 @@ def test_low_rank_difference_is_exact_at_full_rank_and_best_below() -> None:
     assert low_rank_difference(teacher, student, 4).rest > 0
     with pytest.raises(ValueError, match="rank must be at least 1"):
         low_rank_difference(teacher, student, 0)
+
+
+def test_rank_for_an_energy_is_the_lowest_that_keeps_it() -> None:
+    teacher, student = random_transformer(), nudged(1, rank=4)
+    assert rank_for(teacher, student, 1.0) == 4
+    kept = [low_rank_difference(teacher, student, rank).energy for rank in (1, 2, 3)]
+    for rank, energy in enumerate(kept, 1):
+        assert rank_for(teacher, student, energy - 1e-4) == rank
+        assert rank_for(teacher, student, energy + 1e-4) == rank + 1
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ValueError, match="energy must be above 0 and at most 1"):
+            rank_for(teacher, student, wrong)
+
+
+def test_lora_export_compares_pictures_with_the_students(
+    student: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    arguments = {"teacher": str(tiny_folder), "check": ["a dog", "a cat"], "size": (32, 32)}
+    good = export(str(student), "lora", tmp_path / "good", energy=0.999999, **arguments)
+    poor = export(str(student), "lora", tmp_path / "poor", rank=1, **arguments)
+    ratios = [float(re.search(r"ratio (-?[\d.]+) dB", lines[-1])[1]) for lines in (good, poor)]
+    assert ratios[0] > ratios[1] + 10
+    assert "rank 2 keeps 100.0%" in good[0]
+    assert good[-1] in (tmp_path / "good" / "README.md").read_text(encoding="utf-8")
 
 
 def test_lora_card_runs_both_steps_with_stock_diffusers(

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from twostep.backbones.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.config import RecipeError
+from twostep.lora_pair import AdapterSwitch
 
 
-class SharedBackbone:
+class SharedBackbone(AdapterSwitch):
     """A velocity model whose frozen weights serve every role.
 
     Args:
@@ -40,8 +38,7 @@ class SharedBackbone:
     def __init__(
         self, model: ZImageVelocity, names: list[str], rank: int, target_modules: str, seed: int
     ) -> None:
-        self.model = model.requires_grad_(False)
-        self.rank, self.active = rank, ""
+        model.requires_grad_(False)
         for index, name in enumerate(names):
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules)
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -53,32 +50,12 @@ class SharedBackbone:
                     raise RecipeError(
                         f"student.target_modules: no linear layer matches {target_modules!r}"
                     ) from error
-        self.layers: dict[str, Any] = {
-            key: layer
-            for key, layer in model.transformer.named_modules()
-            if isinstance(layer, LoraLayer)
-        }
+        super().__init__(model)
+        self.rank = rank
         for name in names:
             for parameter in self.parameters(name):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-        self._activate("")
-
-    def _activate(self, name: str) -> None:
-        for layer in self.layers.values():
-            layer._disable_adapters = not name
-            layer._active_adapter = [name] if name else []
-        self.active = name
-
-    @contextmanager
-    def role(self, name: str) -> Iterator[None]:
-        """Inside, the backbone runs with adapter `name`; with none if it is empty."""
-        before = self.active
-        self._activate(name)
-        try:
-            yield
-        finally:
-            self._activate(before)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The adapter's parameters, fp32, in the order of the layers."""

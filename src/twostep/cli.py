@@ -131,6 +131,16 @@ def generate(
         bool, typer.Option("--json", help="print a line of JSON for each picture")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures at a time")] = 16,
+    memory: Annotated[
+        str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
+    ] = "plain",
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id"),
+    ] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Make pictures with a teacher or a student. Those already there are not made again.
@@ -139,17 +149,19 @@ def generate(
 
     From a file, with a sheet: twostep generate --model runs/x/student --prompts all.txt --grid
     """
+    from twostep.generate import Holding, parse_size, read_prompts, save_grid
     from twostep.generate import generate as run
-    from twostep.generate import parse_size, read_prompts, save_grid
 
     _quiet()
     texts = read_prompts(prompts or (), prompts_file)
+    holding = Holding.of(memory, decoder, prompt_cache)
     pictures = []
     wanted = len(dict.fromkeys(texts)) * count
     with _bar("pictures", wanted) as advance:
         for picture in run(
-            texts, model, out, seed, steps, parse_size(size), count, preview, batch_size, device
-        ):
+            texts, model, out, seed, steps, parse_size(size), count, preview, batch_size, device,
+            holding,
+        ):  # fmt: skip
             pictures.append(picture)
             print(picture.as_json() if json_lines else picture.path, flush=True)
             advance()
@@ -240,15 +252,26 @@ def export(
         str | None, typer.Option(help="for lora: the model the files belong to")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="for lora")] = 64,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="for lora: the share of the change to keep, 0 to 1, in place of --rank"),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(help="for lora: a file of prompts to compare the pictures on"),
+    ] = None,
+    size: SizeOption = "64",
 ) -> None:
     """Write a student in a format that others read.
 
     Example: twostep export --model runs/x/student --to comfyui --out exported
     """
     from twostep.exports.export import export as run
+    from twostep.generate import parse_size, read_prompts
 
     _quiet()
-    for line in run(model, to, out, teacher, rank):
+    prompts = () if check is None else read_prompts((), check)
+    for line in run(model, to, out, teacher, rank, energy, prompts, parse_size(size)):
         _out.print(line, highlight=False)
     _out.print(f"written: {out}", highlight=False)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,14 +14,18 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from twostep.backbones.model import MAX_PIXELS, resolve
+from twostep.backbones.model import MAX_PIXELS, PromptEncoder, latent_shape, latents_of
 from twostep.devices import pick_device
 from twostep.errors import UserError
-from twostep.files import folder_fingerprint, write_atomically
+from twostep.files import write_atomically
+from twostep.memory import MODES, Memory
 from twostep.pictures import tile, to_pil
 from twostep.prompts import load_prompts
-from twostep.rollout import seeded_noise
-from twostep.sampler import Sampler
+from twostep.rollout import TwoStep, seeded_noise
+from twostep.sampler import Sampler, base_folder, count_steps, fingerprint, read_schedule
+
+# Prompts that are encoded before the transformers are loaded, and remembered.
+_ENCODED_FIRST = 512
 
 
 class InputError(UserError, ValueError):
@@ -100,22 +104,69 @@ class Picture:
         return json.dumps(record, ensure_ascii=False)
 
 
+def check_model(model: str, size: tuple[int, int], steps: int | None) -> TwoStep | None:
+    """The model's schedule (None for a teacher), once the arguments fit it; loads no weights.
+
+    Raises:
+        InputError, ModelError: for what does not fit.
+    """
+    schedule = read_schedule(model)
+    try:
+        latent_shape(*latents_of(base_folder(model)), *size)
+    except ValueError as error:
+        raise InputError(f"size: {error}") from error
+    if schedule is not None and steps not in (None, 2):
+        raise InputError(f"steps: {model} is a two-step student, got {steps}")
+    return schedule
+
+
 def load_sampler(model: str, size: tuple[int, int], steps: int | None, device: str) -> Sampler:
     """The model on `device` (auto, cpu or cuda; in bf16 on CUDA), once the arguments fit it.
 
     Raises:
         InputError, ModelError: for what does not fit.
     """
+    check_model(model, size, steps)
     chosen = pick_device(device)
-    dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    sampler = Sampler.load(model, chosen, dtype)
-    try:
-        sampler.noise_shape(*size)
-    except ValueError as error:
-        raise InputError(f"size: {error}") from error
-    if sampler.schedule is not None and steps not in (None, 2):
-        raise InputError(f"steps: {model} is a two-step student, got {steps}")
-    return sampler
+    return Sampler.load(model, chosen, _dtype_on(chosen))
+
+
+def _dtype_on(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How a model is held while it makes pictures.
+
+    Attributes:
+        memory: of the transformers' weights (`memory.py`).
+        tiny_decoder: an `AutoencoderTiny` in the VAE's place: a folder, `zoo:NAME` or a hub id.
+        prompt_cache: a folder in which encoded prompts outlive the process.
+    """
+
+    memory: Memory = "plain"
+    tiny_decoder: str | None = None
+    prompt_cache: Path | None = None
+
+    @staticmethod
+    def of(memory: str, tiny_decoder: str | None, prompt_cache: Path | None) -> Holding:
+        """From names; InputError for a `memory` that is not known."""
+        for mode in MODES:
+            if memory == mode:
+                return Holding(mode, tiny_decoder, prompt_cache)
+        raise InputError(f"memory: expected one of {', '.join(MODES)}, got {memory!r}")
+
+    def load(self, model: str, prompts: Sequence[str], device: torch.device) -> Sampler:
+        """The model, its prompts encoded already and its text encoder gone again."""
+        dtype = _dtype_on(device)
+        encoder = PromptEncoder.load(
+            base_folder(model), dtype, _ENCODED_FIRST, self.prompt_cache
+        ).to(device)
+        if len(prompts) <= _ENCODED_FIRST:
+            encoder.encode(prompts)
+            encoder.release()
+        return Sampler.load(model, device, dtype, self.memory, self.tiny_decoder, encoder)
 
 
 def generate(
@@ -129,11 +180,13 @@ def generate(
     preview: bool = False,
     batch_size: int = 16,
     device: str = "cpu",
+    holding: Holding = Holding(),
 ) -> Iterator[Picture]:
     """Writes `count` pictures per prompt, seeds from `seed` up, and yields them as they are done.
 
-    A picture that is already there, made by the same weights from the same prompt, seed, size and
-    number of steps, is not made again.
+    A picture that is already there, made by the same weights held in the same way from the same
+    prompt, seed, size and number of steps, is not made again. Where none is missing, no weights
+    are read.
 
     Args:
         size: (height, width) in pixels.
@@ -143,12 +196,11 @@ def generate(
         InputError, ModelError: before any picture is made.
     """
     check_prompts(prompts)
-    sampler = load_sampler(model, size, steps, device)
-    if preview and sampler.schedule is None:
+    schedule = check_model(model, size, steps)
+    if preview and schedule is None:
         raise InputError(f"preview: {model} is no two-step student")
-    used = sampler.count_steps(steps)
-    weights = folder_fingerprint(resolve(model))[:16]
-    shape = sampler.noise_shape(*size)
+    chosen = pick_device(device)
+    used = count_steps(schedule, steps)
     out.mkdir(parents=True, exist_ok=True)
     wanted = [
         Picture(path, prompt, number, used, model, _beside(path) if preview else None, True)
@@ -156,22 +208,37 @@ def generate(
         for number in range(seed, seed + count)
         for path in [out / f"{_slug(prompt)}-{number}-{used}steps.png"]
     ]
+    weights = fingerprint(model)[:16]
+    facts = {picture: _facts(picture, size, weights, holding) for picture in wanted}
+    missing = {picture for picture in wanted if not _is_there(picture, facts[picture])}
+    sampler = None
+    if missing:
+        sampler = holding.load(model, list(dict.fromkeys(p.prompt for p in missing)), chosen)
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
-        facts = [_facts(picture, size, weights) for picture in part]
-        missing = [i for i, p in enumerate(part) if not _is_there(p, facts[i])]
-        if missing:
-            noise = seeded_noise([part[i].seed for i in missing], shape)
-            sample = sampler.sample([part[i].prompt for i in missing], noise, steps)
-            images = sampler.decoder.decode(sample.latents)
-            for i, image in zip(missing, images, strict=True):
-                _save(to_pil(image), part[i].path, facts[i])
-            if preview:
-                assert sample.preview is not None
-                for i, image in zip(missing, sampler.decoder.decode(sample.preview), strict=True):
-                    _save(to_pil(image), _beside(part[i].path), facts[i])
-        for i, picture in enumerate(part):
-            yield replace(picture, made=i in missing)
+        todo = [picture for picture in part if picture in missing]
+        if todo:
+            assert sampler is not None
+            _make(todo, sampler, size, steps, facts)
+        for picture in part:
+            yield replace(picture, made=picture in missing)
+
+
+def _make(
+    pictures: Sequence[Picture],
+    sampler: Sampler,
+    size: tuple[int, int],
+    steps: int | None,
+    facts: Mapping[Picture, dict[str, str]],
+) -> None:
+    noise = seeded_noise([p.seed for p in pictures], sampler.noise_shape(*size))
+    sample = sampler.sample([p.prompt for p in pictures], noise, steps)
+    for picture, image in zip(pictures, sampler.decoder.decode(sample.latents), strict=True):
+        _save(to_pil(image), picture.path, facts[picture])
+    if pictures[0].preview is not None:
+        assert sample.preview is not None
+        for picture, image in zip(pictures, sampler.decoder.decode(sample.preview), strict=True):
+            _save(to_pil(image), _beside(picture.path), facts[picture])
 
 
 def save_grid(pictures: Sequence[Picture], path: Path) -> Path:
@@ -191,8 +258,10 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _facts(picture: Picture, size: tuple[int, int], weights: str) -> dict[str, str]:
-    return {
+def _facts(
+    picture: Picture, size: tuple[int, int], weights: str, holding: Holding
+) -> dict[str, str]:
+    facts = {
         "prompt": picture.prompt,
         "seed": str(picture.seed),
         "steps": str(picture.steps),
@@ -200,6 +269,11 @@ def _facts(picture: Picture, size: tuple[int, int], weights: str) -> dict[str, s
         "size": f"{size[1]}x{size[0]}",
         "weights": weights,
     }
+    if holding.memory == "int8":
+        facts["memory"] = holding.memory
+    if holding.tiny_decoder is not None:
+        facts["decoder"] = holding.tiny_decoder
+    return facts
 
 
 def _is_there(picture: Picture, facts: dict[str, str]) -> bool:

@@ -15,16 +15,22 @@ from twostep.backbones.model import (
     PromptEncoder,
     latent_shape,
     load_velocity,
+    locate,
     read_index,
     read_shift,
     resolve,
 )
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
+from twostep.files import folder_fingerprint
 from twostep.flow import sigma_schedule
+from twostep.lora_pair import AdapterField, LoraPair
+from twostep.memory import Memory, hold
 from twostep.rollout import TwoStep, VelocityField, euler, guided, two_step
 
+Field = ZImageVelocity | AdapterField
 
-def bind(field: ZImageVelocity, prompts: PromptBatch) -> VelocityField:
+
+def bind(field: Field, prompts: PromptBatch) -> VelocityField:
     """`field` with its prompts fixed."""
     return lambda latents, sigma: field(latents, sigma, prompts).velocity
 
@@ -51,6 +57,37 @@ class Sample:
     preview: Tensor | None
 
 
+def read_schedule(model: str) -> TwoStep | None:
+    """The schedule of a student, two transformers or two LoRA files; None for a teacher.
+
+    Raises:
+        ModelError: if there is no such model, or it cannot be used.
+    """
+    pair = LoraPair.read(locate(model))
+    return read_two_step(resolve(model)) if pair is None else pair.schedule
+
+
+def base_folder(model: str) -> Path:
+    """The diffusers folder of everything but a student's LoRA files: for most, the model itself.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    pair = LoraPair.read(locate(model))
+    return resolve(model if pair is None else pair.teacher)
+
+
+def count_steps(schedule: TwoStep | None, steps: int | None) -> int:
+    """How many steps a model with `schedule` takes when asked for `steps`."""
+    return 2 if schedule is not None else steps or 8
+
+
+def fingerprint(model: str) -> str:
+    """Changes with the model's weights, configurations or templates."""
+    folders = dict.fromkeys((locate(model), base_folder(model)))
+    return "-".join(folder_fingerprint(folder) for folder in folders)
+
+
 class Sampler:
     """A loaded model folder.
 
@@ -59,42 +96,63 @@ class Sampler:
         second: the student's second transformer; None for a model with any number of steps.
         schedule: the student's schedule; None exactly when `second` is.
         shift: time shift of the teacher's schedule.
+        device: where the model computes; where its weights are if None.
     """
 
     def __init__(
         self,
-        field: ZImageVelocity,
-        second: ZImageVelocity | None,
+        field: Field,
+        second: Field | None,
         schedule: TwoStep | None,
         shift: float,
         encoder: PromptEncoder,
         decoder: Decoder,
+        device: torch.device | None = None,
     ) -> None:
         self.field, self.second, self.schedule, self.shift = field, second, schedule, shift
         self.encoder, self.decoder = encoder, decoder
+        self.device = device or next(field.parameters()).device
 
     @staticmethod
     def load(
-        model: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        model: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        memory: Memory = "plain",
+        tiny_decoder: str | None = None,
+        encoder: PromptEncoder | None = None,
     ) -> Sampler:
-        """From a folder, `zoo:NAME` or a hub id.
+        """From a folder, `zoo:NAME` or a hub id; a folder of two LoRA files names its teacher.
+
+        Args:
+            memory: how the transformers' weights are held (`memory.py`).
+            tiny_decoder: an `AutoencoderTiny` in the VAE's place.
+            encoder: one that encoded the prompts already, in place of the model's own.
 
         Raises:
             ModelError: if the folder is missing or is not a model of this family.
         """
-        folder = resolve(model)
-        schedule = read_two_step(folder)
-        second = load_velocity(folder, "transformer_2", dtype).to(device) if schedule else None
-        sampler = Sampler(
-            load_velocity(folder, dtype=dtype).to(device),
-            second,
-            schedule,
-            read_shift(folder),
-            PromptEncoder.load(folder, dtype).to(device),
-            Decoder.load(folder, dtype),
-        )
-        sampler.decoder.vae.to(device)
-        return sampler
+        device, folder = torch.device(device), locate(model)
+        pair = LoraPair.read(folder)
+        fields: tuple[Field, ...]
+        if pair is not None:
+            schedule: TwoStep | None = pair.schedule
+            fields = pair.load(folder, dtype)
+            folder = resolve(pair.teacher)
+        else:
+            folder = resolve(model)
+            schedule = read_two_step(folder)
+            parts = ("transformer", "transformer_2") if schedule else ("transformer",)
+            fields = tuple(load_velocity(folder, part, dtype) for part in parts)
+        hold(fields, memory, device)
+        decoder = Decoder.load(folder, dtype)
+        if tiny_decoder is not None:
+            decoder = Decoder.load_tiny(tiny_decoder, decoder, dtype)
+        decoder.vae.to(device)
+        if encoder is None:
+            encoder = PromptEncoder.load(folder, dtype).to(device)
+        second = fields[1] if len(fields) > 1 else None
+        return Sampler(fields[0], second, schedule, read_shift(folder), encoder, decoder, device)
 
     def compile(self) -> None:
         """Compiles transformers and decoder: the first picture of a size and batch takes long."""
@@ -105,11 +163,7 @@ class Sampler:
 
     def count_steps(self, steps: int | None) -> int:
         """How many steps `sample` takes when asked for `steps`."""
-        return 2 if self.schedule is not None else steps or 8
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.field.parameters()).device
+        return count_steps(self.schedule, steps)
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the noise for a `height` x `width` image; ValueError for a bad size."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ZImageTransformer2DModel
-from torch import Tensor
+from diffusers import AutoencoderKL, AutoencoderTiny, ZImageTransformer2DModel
+from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from twostep.backbones.prompt_store import PromptStore
 from twostep.backbones.zimage import ZImageVelocity
 from twostep.errors import UserError
+from twostep.files import folder_fingerprint
 
 ZOO = Path(__file__).parent.parent / "zoo"
 MAX_PIXELS = 2048 * 2048
@@ -28,14 +30,14 @@ class ModelError(UserError, ValueError):
     """A model folder that cannot be used; the message says what was expected."""
 
 
-def resolve(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
-    """The folder that `name` means: `zoo:NAME`, a local diffusers folder, or a hub id.
+def locate(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
+    """The folder that `name` means: `zoo:NAME`, a local folder, or a hub id.
 
     Args:
         patterns: the files that are fetched of a model on the hub.
 
     Raises:
-        ModelError: if there is no such folder, or parts of it are missing.
+        ModelError: if there is no such folder.
     """
     if name.startswith("zoo:"):
         folder = ZOO / name.removeprefix("zoo:")
@@ -58,6 +60,16 @@ def resolve(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
             ) from error
     else:
         raise ModelError(f"no model folder at {name!r}")
+    return folder
+
+
+def resolve(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
+    """`locate`, for a diffusers folder of the Z-Image family.
+
+    Raises:
+        ModelError: if there is no such folder, or parts of it are missing.
+    """
+    folder = locate(name, patterns)
     missing = [part for part in _COMPONENTS if not (folder / part).exists()]
     if missing:
         raise ModelError(f"{folder} is no Z-Image diffusers folder: missing {', '.join(missing)}")
@@ -132,24 +144,71 @@ class PromptEncoder:
 
     Padding is trimmed before the encoder runs; the encoder is causal and padding is on the right,
     so that real tokens are the same. The last `cache_size` prompts are remembered.
+
+    Args:
+        text_encoder: the model, or what loads it, when the first prompt comes that is not known.
+        store: keeps embeddings on disk, too.
     """
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, cache_size: int = 4096) -> None:
-        self.tokenizer, self.text_encoder, self.cache_size = tokenizer, text_encoder, cache_size
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        cache_size: int = 4096,
+        store: PromptStore | None = None,
+    ) -> None:
+        self.tokenizer, self.cache_size, self.store = tokenizer, cache_size, store
+        is_model = isinstance(text_encoder, nn.Module)
+        self._model = text_encoder if is_model else None
+        self._load: Callable[[], Any] | None = None if is_model else text_encoder
+        self._device: torch.device | str | None = None
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     @staticmethod
-    def load(folder: Path, dtype: torch.dtype = torch.float32) -> PromptEncoder:
+    def load(
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        cache_size: int = 4096,
+        prompt_cache: Path | None = None,
+    ) -> PromptEncoder:
+        """A model folder's; its weights are read when they are needed.
+
+        Args:
+            prompt_cache: a folder in which embeddings outlive the process.
+        """
+
+        def load() -> Any:
+            return AutoModel.from_pretrained(
+                folder / "text_encoder", dtype=dtype, use_safetensors=True
+            ).eval()
+
+        store = None
+        if prompt_cache is not None:
+            parts = (folder_fingerprint(folder / p) for p in ("text_encoder", "tokenizer"))
+            store = PromptStore(prompt_cache, "-".join([*parts, str(dtype)]))
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        encoder = AutoModel.from_pretrained(
-            folder / "text_encoder", dtype=dtype, use_safetensors=True
-        )
-        return PromptEncoder(tokenizer, encoder.eval())
+        return PromptEncoder(tokenizer, load, cache_size, store)
+
+    @property
+    def text_encoder(self) -> Any:
+        if self._model is None:
+            assert self._load is not None
+            self._model = self._load()
+            if self._device is not None:
+                self._model.to(self._device)
+        return self._model
 
     def to(self, device: torch.device | str) -> PromptEncoder:
-        self.text_encoder.to(device)
+        self._device = device
+        if self._model is not None:
+            self._model.to(device)
         self.forget()
         return self
+
+    def release(self) -> None:
+        """Gives the text encoder's memory back; it is loaded anew for the next unknown prompt."""
+        if self._load is not None:
+            self._model = None
 
     def forget(self) -> None:
         """Empties the memory of encoded prompts."""
@@ -162,9 +221,15 @@ class PromptEncoder:
         """One (tokens, D) tensor per prompt, fp32; `prompts` is not changed."""
         wanted = [p for p in dict.fromkeys(prompts) if p not in self._cache]
         fresh: dict[str, Tensor] = {}
+        if self.store is not None:
+            fresh = self.store.read(wanted)
+            wanted = [p for p in wanted if p not in fresh]
         for start in range(0, len(wanted), batch_size):
             part = wanted[start : start + batch_size]
-            fresh.update(zip(part, self._encode(part, max_length), strict=True))
+            encoded = dict(zip(part, self._encode(part, max_length), strict=True))
+            if self.store is not None:
+                self.store.write(encoded)
+            fresh.update(encoded)
         embeds = [fresh[p] if p in fresh else self._cache[p] for p in prompts]
         self._cache.update(fresh)
         while len(self._cache) > self.cache_size:
@@ -195,7 +260,7 @@ class PromptEncoder:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Latents to images through the folder's VAE."""
+    """Latents to images through the folder's VAE, or a tiny one made for the same latents."""
 
     vae: Any
 
@@ -206,10 +271,40 @@ class Decoder:
         )
         return Decoder(vae.eval())
 
+    @staticmethod
+    def load_tiny(name: str, like: Decoder, dtype: torch.dtype = torch.float32) -> Decoder:
+        """An `AutoencoderTiny`: a folder, `zoo:NAME` or a hub id (`madebyollin/taef1` for Z-Image).
+
+        Args:
+            like: whose latents it must read.
+
+        Raises:
+            ModelError: if there is none, or it is made for other latents.
+        """
+        folder = locate(name, ("*.json", "*.safetensors"))
+        config = folder / "config.json"
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if found.get("_class_name") != "AutoencoderTiny":
+            raise ModelError(
+                f"decoder: {name} must hold an AutoencoderTiny, "
+                f"its config.json says {found.get('_class_name')}"
+            )
+        tiny = Decoder(AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True))
+        shapes = [(d.vae.config.latent_channels, d.scale) for d in (tiny, like)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"decoder: {name} reads latents of {shapes[0][0]} channels at 1/{shapes[0][1]}, "
+                f"the model's have {shapes[1][0]} at 1/{shapes[1][1]}"
+            )
+        tiny.vae.eval()
+        return tiny
+
     @property
     def scale(self) -> int:
         """Pixels per latent, along each side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        config = self.vae.config
+        stages = getattr(config, "block_out_channels", None) or config.decoder_block_out_channels
+        return int(2 ** (len(stages) - 1))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
@@ -230,6 +325,12 @@ class Decoder:
             code = self.vae.encode(part.to(self.vae.dtype)).latent_dist.mode()
             latents.append(((code - config.shift_factor) * config.scaling_factor).float())
         return torch.cat(latents)
+
+
+def latents_of(folder: Path) -> tuple[int, int]:
+    """The model's latent channels and its VAE's pixels per latent."""
+    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    return int(read_architecture(folder)["in_channels"]), 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def latent_shape(channels: int, scale: int, height: int, width: int) -> tuple[int, int, int]:

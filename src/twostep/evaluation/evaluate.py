@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from twostep.backbones.model import resolve
 from twostep.evaluation.alignment import load_scorer
 from twostep.evaluation.extractors import Extractor, load_extractor
 from twostep.evaluation.image_sets import Contender, ImageSet, ImageStore, make_images
@@ -26,7 +25,7 @@ from twostep.evaluation.report import Pair, verdict, write_report
 from twostep.files import write_atomically
 from twostep.processes import rank_and_world, wait_for
 from twostep.provenance import git_commit, machine
-from twostep.sampler import Sampler, read_two_step
+from twostep.sampler import Sampler, read_schedule
 
 # How many columns the report's pictures have, and how many pairs it shows of each kind.
 _SHOWN, _PAIRS = 12, 8
@@ -67,7 +66,7 @@ def contenders(
     if teacher_steps != 2:
         result.append(Contender("naive_2", teacher, 2))
     for name, model in students.items():
-        two_step = read_two_step(resolve(model)) is not None
+        two_step = read_schedule(model) is not None
         steps = None if two_step else student_steps or 8
         result.append(Contender(f"{name}_{steps or 2}", model, steps))
     return result

@@ -18,11 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twostep.backbones.model import resolve
 from twostep.evaluation.prompt_set import PromptSet
-from twostep.files import folder_fingerprint, write_atomically
+from twostep.files import write_atomically
 from twostep.pictures import to_bytes
-from twostep.sampler import Sampler
+from twostep.sampler import Sampler, fingerprint
 
 _PART = 64
 
@@ -65,7 +64,7 @@ class ImageStore:
         self, folder: Path, contender: Contender, prompts: PromptSet, size: tuple[int, int]
     ) -> None:
         self.folder, self.contender, self.prompts, self.size = folder, contender, prompts, size
-        weights = folder_fingerprint(resolve(contender.model))
+        weights = fingerprint(contender.model)
         settings = [contender.steps, contender.guidance_scale, contender.reference, *size]
         text = json.dumps([weights, settings, prompts.fingerprint, _PART])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ZImageTransformer2DModel
 
 from twostep.backbones.model import ModelError, read_shift, resolve
 from twostep.exports.card import lora_card, student_card
 from twostep.exports.comfyui import export_comfyui
-from twostep.exports.lora import low_rank_difference, save_lora
+from twostep.exports.lora import low_rank_difference, rank_for, save_lora
 from twostep.files import write_atomically
 from twostep.flow import sigma_schedule
+from twostep.lora_pair import STEPS, LoraPair
 from twostep.pipeline import save_student
-from twostep.rollout import TwoStep
-from twostep.sampler import read_two_step
+from twostep.rollout import TwoStep, seeded_noise
+from twostep.sampler import Sampler, read_two_step
 
 FORMATS = ("diffusers", "lora", "comfyui")
 
@@ -27,7 +29,14 @@ class ExportError(ModelError):
 
 
 def export(
-    student: str, target: str, out: Path, teacher: str | None = None, rank: int = 64
+    student: str,
+    target: str,
+    out: Path,
+    teacher: str | None = None,
+    rank: int = 64,
+    energy: float | None = None,
+    check: Sequence[str] = (),
+    size: tuple[int, int] = (64, 64),
 ) -> list[str]:
     """Writes `student` to the folder `out`.
 
@@ -35,6 +44,9 @@ def export(
         target: one of `FORMATS`.
         teacher: for `lora`, the model that the LoRA files belong to.
         rank: for `lora`.
+        energy: for `lora`, the share of the linear layers' change to keep, in place of `rank`.
+        check: for `lora`, prompts on which the files' pictures are compared with the student's.
+        size: (height, width) in pixels of those pictures.
 
     Returns:
         What the user should know, a line each.
@@ -64,19 +76,44 @@ def export(
         raise ExportError("to: LoRA files have no code of their own; only euler transitions work")
     base = _load(resolve(teacher), "transformer")
     lines = []
-    for name, model in (("first", first), ("second", second)):
-        try:
+    try:
+        if energy is not None:
+            rank = max(rank_for(base, model, energy) for model in (first, second))
+        for name, model in zip(STEPS, (first, second), strict=True):
             found = low_rank_difference(base, model, rank)
-        except ValueError as error:
-            raise ExportError(str(error)) from error
-        path = save_lora(found, rank, out, f"{name}.safetensors")
-        lines.append(
-            f"{path.name}: rank {rank} keeps {100 * found.energy:.1f}% of the linear layers' "
-            f"change; {100 * found.rest:.2f}% as much lies in other parameters and is lost"
-        )
+            path = save_lora(found, rank, out, f"{name}.safetensors")
+            lines.append(
+                f"{path.name}: rank {rank} keeps {100 * found.energy:.1f}% of the linear layers' "
+                f"change; {100 * found.rest:.2f}% as much lies in other parameters and is lost"
+            )
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    LoraPair(str(Path(teacher).resolve()) if Path(teacher).is_dir() else teacher, schedule).write(
+        out
+    )
+    if check:
+        lines.append(_difference_in_pictures(student, str(out), check, size))
     shift = read_shift(folder)
     _write(out / "README.md", lora_card(out.name, teacher, schedule, shift, rank, facts, lines))
     return lines
+
+
+def _difference_in_pictures(
+    student: str, other: str, prompts: Sequence[str], size: tuple[int, int]
+) -> str:
+    """How far `other`'s pictures are from the student's, prompt by prompt at equal noise."""
+    images = []
+    for model in (student, other):
+        sampler = Sampler.load(model)
+        noise = seeded_noise(list(range(len(prompts))), sampler.noise_shape(*size))
+        images.append(sampler.generate(prompts, noise))
+    error = (images[0] - images[1]).square().mean(dim=(1, 2, 3))
+    # Pixels run from -1 to 1.
+    ratio = 10 * torch.log10(4 / error.clamp_min(1e-10))
+    return (
+        f"{len(prompts)} pictures at {size[1]}x{size[0]} against the full student's, equal noise: "
+        f"peak signal-to-noise ratio {ratio.mean():.1f} dB, lowest {ratio.min():.1f} dB"
+    )
 
 
 def _check_free(out: Path) -> None:

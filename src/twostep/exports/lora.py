@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,31 +30,51 @@ class LowRank:
 
 
 @torch.no_grad()
+def rank_for(teacher: nn.Module, student: nn.Module, energy: float) -> int:
+    """The lowest rank that keeps `energy` of the linear layers' squared difference.
+
+    One for all layers, so that alpha == rank holds for all: several readers of LoRA files ignore
+    alpha.
+
+    Raises:
+        ValueError: if `energy` is not in (0, 1], or the two have different layers.
+    """
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy must be above 0 and at most 1, got {energy}")
+    shares: list[float] = []
+    for _, change, is_linear in _changes(teacher, student):
+        if is_linear:
+            values = torch.linalg.svdvals(change).double().square().tolist()
+            shares += [0.0] * (len(values) - len(shares))
+            for index, value in enumerate(values):
+                shares[index] += value
+    kept, total = 0.0, sum(shares)
+    for rank, share in enumerate(shares, 1):
+        kept += share
+        if kept >= energy * total * (1 - 1e-9):
+            return rank
+    return len(shares)
+
+
+@torch.no_grad()
 def low_rank_difference(teacher: nn.Module, student: nn.Module, rank: int) -> LowRank:
     """`student` less `teacher`, each linear layer's weight by its `rank` largest directions.
 
-    Every layer gets the same rank (zeros where it has fewer), so that alpha == rank holds for all:
-    several readers of LoRA files ignore alpha.
+    Every layer gets the same rank, with zeros where it has fewer.
 
     Raises:
         ValueError: if `rank` is below 1 or the two have different layers.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    theirs = dict(student.named_parameters())
-    ours = dict(teacher.named_parameters())
-    if {k: p.shape for k, p in theirs.items()} != {k: p.shape for k, p in ours.items()}:
-        raise ValueError("teacher and student have different parameters: no LoRA joins them")
-    linear = {f"{n}.weight" for n, m in teacher.named_modules() if isinstance(m, nn.Linear)}
     weights: dict[str, Tensor] = {}
     kept = total = rest = 0.0
-    for name, parameter in theirs.items():
-        difference = parameter.float() - ours[name].float()
-        if name not in linear:
-            rest += difference.square().sum().item()
+    for name, change, is_linear in _changes(teacher, student):
+        if not is_linear:
+            rest += change.square().sum().item()
             continue
-        total += difference.square().sum().item()
-        u, s, v = torch.linalg.svd(difference, full_matrices=False)
+        total += change.square().sum().item()
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
         count = min(rank, len(s))
         root = s[:count].sqrt()
         down, up = torch.zeros(rank, v.shape[1]), torch.zeros(u.shape[0], rank)
@@ -63,6 +83,17 @@ def low_rank_difference(teacher: nn.Module, student: nn.Module, rank: int) -> Lo
         module = name.removesuffix(".weight")
         weights[f"{module}.lora_A.weight"], weights[f"{module}.lora_B.weight"] = down, up
     return LowRank(weights, kept / total if total else 1.0, rest / total if total else 0.0)
+
+
+def _changes(teacher: nn.Module, student: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Each parameter's name, its change in fp32, and whether it is a linear layer's weight."""
+    theirs = dict(student.named_parameters())
+    ours = dict(teacher.named_parameters())
+    if {k: p.shape for k, p in theirs.items()} != {k: p.shape for k, p in ours.items()}:
+        raise ValueError("teacher and student have different parameters: no LoRA joins them")
+    linear = {f"{n}.weight" for n, m in teacher.named_modules() if isinstance(m, nn.Linear)}
+    for name, parameter in theirs.items():
+        yield name, parameter.float() - ours[name].float(), name in linear
 
 
 def save_lora(found: LowRank, rank: int, folder: Path, name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from twostep.backbones.model import (
     latent_shape,
+    latents_of,
     read_architecture,
     resolve,
     unloaded_transformer,
@@ -70,12 +70,6 @@ def random_batch(
     prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * rows, device)
     latents = torch.randn(shape, device=device)
     return Batch(latents, latents, latents, latents, prompts, prompts, prompts)
-
-
-def latents_of(folder: Path) -> tuple[int, int]:
-    """The model's latent channels and its VAE's pixels per latent."""
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    return int(read_architecture(folder)["in_channels"]), 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def cache_bytes(recipe: Recipe, folder: Path, prompt_tokens: int) -> int:
