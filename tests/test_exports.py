@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from conftest import random_transformer
 from twostep.backbones.model import ZOO, ModelError
+from twostep.backbones.zimage import PromptBatch
 from twostep.cli import app
 from twostep.exports.comfyui import allows_fp16, to_comfyui, workflow
 from twostep.exports.export import assemble, export
 from twostep.exports.lora import low_rank_difference, rank_for
 from twostep.pipeline import STANDALONE, TwoStepPipeline, save_student
 from twostep.rollout import TwoStep, seeded_noise
+from twostep.sampler import Sampler
 
 NOISE = seeded_noise([3], (8, 8, 8))
 
@@ -202,6 +204,44 @@ def test_lora_files_are_assembled_into_a_student_again(
     torch.testing.assert_close(images(tmp_path / "again"), images(student), atol=5e-3, rtol=5e-3)
 
 
+# torch.export.
+
+
+def test_torch_programs_take_the_steps_of_the_student(student: Path, tmp_path: Path) -> None:
+    sampler = Sampler.load(str(student))
+    export(str(student), "torch", tmp_path / "out", size=(32, 32), batch_size=2, caption_tokens=32)
+    about = json.loads((tmp_path / "out" / "program.json").read_text(encoding="utf-8"))
+    assert about["inputs"]["latents"]["shape"] == [2, 8, 8, 8]
+    prompts = ["a dog", "two cats"]
+    batch = PromptBatch.collate(sampler.encoder.encode(prompts))
+    noise = seeded_noise([1, 2], (8, 8, 8))
+    latents, velocity = noise, None
+    for name, field in (("first", sampler.field), ("second", sampler.second)):
+        program = torch.export.load(tmp_path / "out" / f"{name}.pt2").module()
+        sigma = torch.full((2,), about["sigma"][name])
+        if velocity is not None:
+            latents = noise + (about["sigma"]["second"] - 1) * velocity
+        velocity = program(latents, sigma, batch.embeds, batch.lengths)
+        torch.testing.assert_close(velocity, field(latents, sigma, batch).velocity)
+    clean = latents - about["sigma"]["second"] * velocity
+    torch.testing.assert_close(clean, sampler.sample(prompts, noise).latents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (31, 32)}, "size: height must be a positive multiple of 8"),
+        ({"caption_tokens": 33}, "caption_tokens: must be a positive multiple of 32, got 33"),
+    ],
+)
+def test_torch_programs_refuse_shapes(
+    student: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        export(str(student), "torch", tmp_path / "out", **({"size": (32, 32)} | changes))
+    assert not (tmp_path / "out").exists()
+
+
 # Diffusers.
 
 
@@ -236,7 +276,7 @@ def test_two_folders_make_a_student(student: Path, tiny_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("target", "teacher", "message"),
     [
-        ("gguf", None, "'gguf' is unknown; allowed: diffusers, lora, comfyui"),
+        ("gguf", None, "'gguf' is unknown; allowed: diffusers, lora, comfyui, torch"),
         ("lora", None, "LoRA files belong to a model"),
     ],
 )

@@ -41,14 +41,15 @@ def recipe(study: ModuleType, name: str, common: tuple[str, ...] = ()) -> Recipe
 
 
 @pytest.mark.parametrize(
-    ("name", "reals", "parameters", "gradient", "step1", "adversarial"),
+    ("name", "reals", "parameters", "gradient", "step1", "adversarial", "fitted"),
     [
-        ("dmd", "teacher", "shared", "cut", 0.5, False),
-        ("dmd2_like", "out/rendered", "shared", "cut", 0.5, True),
-        ("teacher_images", "teacher", "shared", "cut", 0.5, True),
-        ("decoupled", "teacher", "decoupled", "cut", 0.5, True),
-        ("no_step1", "teacher", "decoupled", "end_to_end", 0.0, True),
-        ("full", "teacher", "decoupled", "end_to_end", 0.5, True),
+        ("dmd", "teacher", "shared", "cut", 0.5, False, False),
+        ("dmd2_like", "out/rendered", "shared", "cut", 0.5, True, False),
+        ("teacher_images", "teacher", "shared", "cut", 0.5, True, False),
+        ("decoupled", "teacher", "decoupled", "cut", 0.5, True, False),
+        ("end_to_end", "teacher", "decoupled", "end_to_end", 0.0, True, False),
+        ("paper", "teacher", "decoupled", "end_to_end", 0.5, True, False),
+        ("full", "teacher", "decoupled", "end_to_end", 0.5, True, True),
     ],
 )
 def test_ladder(
@@ -59,6 +60,7 @@ def test_ladder(
     gradient: str,
     step1: float,
     adversarial: bool,
+    fitted: bool,
 ) -> None:
     assert list(study.TABLES["ladder"])[-1] == "full"
     assert name in study.TABLES["ladder"]
@@ -68,6 +70,7 @@ def test_ladder(
     assert found.student.gradient == gradient
     assert found.losses.step1.weight == step1
     assert found.uses_critic == adversarial
+    assert (found.score.model == "out/runs/fitted/score") == fitted
 
 
 def test_every_row_stands_in_a_table_and_the_reverse(study: ModuleType) -> None:
@@ -104,16 +107,16 @@ def test_ladder_and_removals_have_equal_turns(study: ModuleType) -> None:
 def test_removals_take_away_one_idea_each(study: ModuleType) -> None:
     full = recipe(study, "full")
     without = {n: recipe(study, n) for n in study.TABLES["removal"] if n != "full"}
-    assert without["decoupled"].student.gradient == "cut"
+    assert without["cut"].student.gradient == "cut"
     assert without["shared"].student.parameters == "shared"
     assert not without["no_critic"].uses_critic
     assert without["no_matching"].losses.final.distribution_matching == 0
     assert without["external"].data.reals != full.data.reals
-    assert without["teacher_score"].score.model is None
+    assert without["paper"].score.model is None
     for name, found in without.items():
         same = {"data", "student", "losses", "score"} - {
-            "external": {"data"}, "shared": {"student"}, "decoupled": {"student"},
-            "teacher_score": {"score"},
+            "external": {"data"}, "shared": {"student"}, "cut": {"student"},
+            "paper": {"score"},
         }.get(name, {"losses"})  # fmt: skip
         for section in same:
             ours, theirs = getattr(found, section), getattr(full, section)

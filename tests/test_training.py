@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from twostep.config import Recipe, RecipeError
 from twostep.pipeline import TwoStepPipeline
 from twostep.roles import build_roles
+from twostep.rollout import Rollout
 from twostep.sampler import Sampler
 from twostep.teach import teach
 from twostep.training.draws import Draws
@@ -210,6 +212,28 @@ def test_critic_turn_trains_fakes_and_heads_and_nothing_else(make_recipe: Make) 
             not torch.equal(a, b) for a, b in zip(before[name], module.parameters(), strict=True)
         )
         assert moved == (name not in ("first", "second")), name
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_critics_fakes_come_from_the_reals_noise(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch, paired: bool
+) -> None:
+    trainer = trainer_of(make_recipe(critic={"paired": paired}))
+    batch = trainer.batches.read(0, 0)
+    rollout, seen = trainer.student_turn.rollout, []
+
+    def spy(noise: torch.Tensor, *rest: Any) -> Any:
+        seen.append(noise)
+        return rollout(noise, *rest)
+
+    monkeypatch.setattr(trainer.student_turn, "rollout", spy)
+    trainer.critic_turn(batch, Draws(0, 0, "critic", CPU))
+    assert torch.equal(seen[0], batch.noise) == paired
+    # A student that makes the teacher's own pictures cannot be told from it.
+    perfect = Rollout(batch.latents, batch.noise, batch.latents)
+    monkeypatch.setattr(trainer.student_turn, "rollout", lambda *_: perfect)
+    terms = trainer.critic_turn(batch, Draws(0, 0, "critic", CPU)).terms
+    assert terms["critic/accuracy"] == 0.5
 
 
 def test_student_turn_leaves_fakes_and_heads_alone(make_recipe: Make) -> None:

@@ -246,7 +246,7 @@ def evaluate(
 @app.command()
 def export(
     model: Annotated[str, typer.Option(help="a two-step student: a folder, zoo:NAME or a hub id")],
-    to: Annotated[str, typer.Option(help="diffusers, lora or comfyui")],
+    to: Annotated[str, typer.Option(help="diffusers, lora, comfyui or torch (torch.export)")],
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or not there")],
     teacher: Annotated[
         str | None, typer.Option(help="for lora: the model the files belong to")
@@ -261,6 +261,10 @@ def export(
         typer.Option(help="for lora: a file of prompts to compare the pictures on"),
     ] = None,
     size: SizeOption = "64",
+    batch_size: Annotated[int, typer.Option(min=1, help="for torch")] = 1,
+    caption_tokens: Annotated[
+        int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
+    ] = 64,
 ) -> None:
     """Write a student in a format that others read.
 
@@ -271,7 +275,10 @@ def export(
 
     _quiet()
     prompts = () if check is None else read_prompts((), check)
-    for line in run(model, to, out, teacher, rank, energy, prompts, parse_size(size)):
+    pixels = parse_size(size)
+    for line in run(
+        model, to, out, teacher, rank, energy, prompts, pixels, batch_size, caption_tokens
+    ):
         _out.print(line, highlight=False)
     _out.print(f"written: {out}", highlight=False)
 

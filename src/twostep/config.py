@@ -149,6 +149,10 @@ class Critic(_Section):
     layers: tuple[Annotated[int, Field(ge=0)], ...] = (2, 4)
     width: Count = 64
     learning_rate: Positive = 1e-3
+    paired: bool = Field(
+        True,
+        description="real and fake samples come from the same noise; with data.reals: teacher only",
+    )
     r1: NonNegative = Field(0.0, description="weight of the approximate R1 penalty")
     r1_noise: Positive = 0.05
     tau_range: tuple[Fraction, Fraction] = (0.02, 0.98)

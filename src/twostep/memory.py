@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,10 +71,12 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 
-def pack_int8(transformer: nn.Module) -> None:
-    """The blocks' linear layers to `Int8Linear`; in place."""
+def pack_int8(
+    transformer: nn.Module, chosen: Callable[[str, nn.Module], bool] = is_packed
+) -> None:
+    """The linear layers that are `chosen`, by name, to `Int8Linear`; in place."""
     for name, module in list(transformer.named_modules()):
-        if isinstance(module, nn.Linear) and is_packed(name, module):
+        if isinstance(module, nn.Linear) and chosen(name, module):
             transformer.set_submodule(name, Int8Linear(module))
 
 

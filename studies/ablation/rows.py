@@ -31,7 +31,9 @@ class Row:
 
 _SHARED = ("student.parameters=shared",)
 _CUT = ("student.gradient=cut",)
-_NO_CRITIC = ("losses.final.adversarial=0",)
+_EXTERNAL = (f"data.reals={EXTERNAL}",)
+_NO_CRITIC = ("losses.final.adversarial=0", "losses.step1.adversarial=0")
+_NO_STEP1 = ("losses.step1.weight=0",)
 _NO_MATCHING = (
     "losses.final.distribution_matching=0",
     "losses.step1.distribution_matching=0",
@@ -45,22 +47,27 @@ _BASE_WITH_GUIDANCE_BELOW = (
 
 ROWS: dict[str, Row] = {
     "full": Row(),
-    "dmd": Row((*_SHARED, *_CUT, *_NO_CRITIC)),
-    "dmd2_like": Row((*_SHARED, *_CUT, f"data.reals={EXTERNAL}")),
-    "teacher_images": Row((*_SHARED, *_CUT)),
-    "decoupled": Row(_CUT),
-    "no_step1": Row(("losses.step1.weight=0",)),
-    "teacher_score": Row(fitted=False),
+    # The ladder trusts the teacher's own field, as the paper does; its last rung is `full`.
+    "dmd": Row((*_SHARED, *_CUT, *_NO_CRITIC), fitted=False),
+    "dmd2_like": Row((*_SHARED, *_CUT, *_EXTERNAL), fitted=False),
+    "teacher_images": Row((*_SHARED, *_CUT), fitted=False),
+    "decoupled": Row(_CUT, fitted=False),
+    "end_to_end": Row(_NO_STEP1, fitted=False),
+    "paper": Row(fitted=False),
     "no_critic": Row(_NO_CRITIC),
-    "external": Row((f"data.reals={EXTERNAL}",)),
+    "external": Row(_EXTERNAL),
     "shared": Row(_SHARED),
+    "cut": Row(_CUT),
+    "no_step1": Row(_NO_STEP1),
     "no_matching": Row(_NO_MATCHING),
     "one_fake": Row(("fake.models=one",)),
     "cold_fakes": Row(("training.critic_warmup_turns=0",)),
+    "unpaired": Row(("critic.paired=false",)),
+    "weak_critic": Row(("losses.final.adversarial=0.03", "losses.step1.adversarial=0")),
+    "final_critic": Row(("losses.step1.adversarial=0",)),
     "renoise": Row(("student.transition=renoise",)),
     "guided_base": Row(_GUIDED_BASE, fitted=False),
     "decoupled_guidance": Row(_BASE_WITH_GUIDANCE_BELOW, fitted=False),
-    "strong_critic": Row(("losses.final.adversarial=0.3",)),
     # Other methods in the same trainer: our implementations of those papers.
     "trajectory": Row(
         ("losses.warmup_step1_target=trajectory",),
@@ -84,7 +91,6 @@ ROWS: dict[str, Row] = {
             *_SHARED,
             *_CUT,
             *_NO_MATCHING,
-            "losses.final.adversarial=1",
             "losses.step1.weight=0",
         ),
         1.84,
@@ -94,10 +100,9 @@ ROWS: dict[str, Row] = {
         (
             *_SHARED,
             *_CUT,
-            f"data.reals={EXTERNAL}",
+            *_EXTERNAL,
             "student.transition=renoise",
             "losses.step1.weight=1",
-            "losses.step1.adversarial=0.03",
             "training.critic_turns=5",
             "fake.models=one",
         ),
@@ -128,27 +133,30 @@ TABLES: dict[str, dict[str, str]] = {
         "dmd2_like": "DMD2-like: critic with external images",
         "teacher_images": "+ teacher images",
         "decoupled": "+ decoupled steps",
-        "no_step1": "+ end to end, no step-1 loss",
-        "full": "full: + step-1 loss",
+        "end_to_end": "+ end to end, no step-1 loss",
+        "paper": "+ step-1 loss: the paper's method",
+        "full": "+ score fitted to the teacher's images: ours",
     },
     "removal": {
         "full": "full method",
-        "teacher_score": "score: the teacher as it is, not fitted",
+        "paper": "score: the teacher as it is, not fitted",
         "no_critic": "without the critic",
         "external": "critic with external images",
         "shared": "one set of weights",
-        "decoupled": "gradient cut",
+        "cut": "gradient cut",
         "no_step1": "without the step-1 loss",
         "no_matching": "without distribution matching",
     },
     "choice": {
         "full": "full method",
+        "weak_critic": "critic's weight 0.03, on the final image alone",
+        "final_critic": "critic on the final image alone",
+        "unpaired": "critic's fakes from fresh noise",
         "one_fake": "one fake for both steps",
         "cold_fakes": "no critic turns before the first",
         "renoise": "re-noised transition",
         "guided_base": "score: base with guidance 2",
         "decoupled_guidance": "score: base, guidance below the step's sigma",
-        "strong_critic": "critic's weight 0.3, not 0.03",
     },
     "peer": {
         "full": "twostep",

@@ -14,6 +14,7 @@ from twostep.backbones.model import ModelError, read_shift, resolve
 from twostep.exports.card import lora_card, student_card
 from twostep.exports.comfyui import export_comfyui
 from twostep.exports.lora import low_rank_difference, rank_for, save_lora
+from twostep.exports.program import export_programs
 from twostep.files import write_atomically
 from twostep.flow import sigma_schedule
 from twostep.lora_pair import STEPS, LoraPair
@@ -21,7 +22,7 @@ from twostep.pipeline import save_student
 from twostep.rollout import TwoStep, seeded_noise
 from twostep.sampler import Sampler, read_two_step
 
-FORMATS = ("diffusers", "lora", "comfyui")
+FORMATS = ("diffusers", "lora", "comfyui", "torch")
 
 
 class ExportError(ModelError):
@@ -37,6 +38,8 @@ def export(
     energy: float | None = None,
     check: Sequence[str] = (),
     size: tuple[int, int] = (64, 64),
+    batch_size: int = 1,
+    caption_tokens: int = 64,
 ) -> list[str]:
     """Writes `student` to the folder `out`.
 
@@ -46,7 +49,8 @@ def export(
         rank: for `lora`.
         energy: for `lora`, the share of the linear layers' change to keep, in place of `rank`.
         check: for `lora`, prompts on which the files' pictures are compared with the student's.
-        size: (height, width) in pixels of those pictures.
+        size: (height, width) in pixels, of those pictures and of a `torch` program's.
+        batch_size, caption_tokens: what a `torch` program takes.
 
     Returns:
         What the user should know, a line each.
@@ -61,6 +65,8 @@ def export(
     if schedule is None:
         raise ExportError(f"{folder} is no two-step student: it has no transformer_2")
     _check_free(out)
+    if target == "torch":
+        return export_programs(student, out, size, batch_size, caption_tokens)
     first, second = _load(folder, "transformer"), _load(folder, "transformer_2")
     if target == "comfyui":
         states = (first.state_dict(), second.state_dict())

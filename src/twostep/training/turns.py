@@ -217,12 +217,15 @@ class CriticTurn:
         weights = (recipe.losses.step1, recipe.losses.final)
         self._followed = [i for i, w in enumerate(weights) if w.weight * w.distribution_matching]
         self._judged = [i for i, w in enumerate(weights) if w.weight * w.adversarial]
+        self._paired = recipe.critic.paired and recipe.data.reals == "teacher"
 
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
         if not (self._followed or self._judged):
             return Turn(batch.noise.new_zeros(()), {})
         with torch.no_grad():
-            noise = draws.normal_like(batch.noise)
+            # From the teacher's own noise, a real and a fake differ in what the critic is to see.
+            pair = self._judged and self._paired
+            noise = batch.noise if pair else draws.normal_like(batch.noise)
             rollout = self.student.rollout(noise, batch.prompts, draws)
         cleans = (rollout.clean1, rollout.clean2)
         total = batch.noise.new_zeros(())
