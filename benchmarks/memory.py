@@ -27,7 +27,7 @@ from twostep.devices import pick_device
 from twostep.evaluation.prompt_set import PromptSet
 from twostep.exports.export import export
 from twostep.files import write_atomically
-from twostep.memory import MODES, KEPT, Memory, is_packed, pack_int8, transformer_of
+from twostep.memory import KEPT, MODES, Memory, pack_int8, transformer_of
 from twostep.planning.generation import Steps, generation_needs
 from twostep.planning.live_bytes import live_bytes
 from twostep.provenance import git_commit, machine

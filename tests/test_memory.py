@@ -72,8 +72,9 @@ def test_eight_bits_are_the_nearest_of_each_row() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(24, 6)
     packed = Int8Linear(linear)
-    assert packed.weight.dtype == torch.int8
-    restored = packed.weight * packed.scale
+    assert packed.packed.dtype == torch.int8
+    restored = packed.weight
+    assert restored.dtype == linear.weight.dtype
     assert ((restored - linear.weight).abs() <= packed.scale / 2 + 1e-7).all()
     torch.testing.assert_close(packed.scale[:, 0] * 127, linear.weight.abs().amax(1))
     x = torch.randn(3, 24)

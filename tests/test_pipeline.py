@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline, ZImagePipeline
+from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
 
 from conftest import random_transformer
@@ -195,3 +198,43 @@ def test_student_without_a_schedule_is_refused(student: Path, tmp_path: Path) ->
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="no step2_sigma"):
         Sampler.load(str(folder))
+
+
+@pytest.mark.parametrize("how", ["leaf_level", "block_level", "sequential"])
+def test_weights_that_wait_elsewhere_come_for_both_steps(
+    student: Path, tmp_path: Path, how: str
+) -> None:
+    noise = seeded_noise([5], (8, 8, 8))
+    expected = call(TwoStepPipeline.from_pretrained(student), latents=noise).images
+    pipe = TwoStepPipeline.from_pretrained(student)
+    if how == "sequential":
+        for transformer in (pipe.transformer, pipe.transformer_2):
+            cpu_offload(transformer, torch.device("cpu"))
+            assert transformer.x_pad_token.device.type == "meta"
+    else:
+        for number, transformer in enumerate((pipe.transformer, pipe.transformer_2)):
+            blocks = {"num_blocks_per_group": 1} if how == "block_level" else {}
+            apply_group_offloading(
+                transformer, torch.device("cpu"), offload_type=how,
+                offload_to_disk_path=str(tmp_path / str(number)), **blocks,
+            )  # fmt: skip
+    for _ in range(2):
+        assert torch.equal(call(pipe, latents=noise).images, expected)
+
+
+def test_models_take_turns_under_offloading(student: Path) -> None:
+    order = []
+
+    class Recorder(ModelHook):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def pre_forward(self, module, *args, **kwargs):
+            order.append(self.name)
+            return args, kwargs
+
+    pipe = TwoStepPipeline.from_pretrained(student)
+    for name in ("text_encoder", "transformer", "transformer_2"):
+        add_hook_to_module(getattr(pipe, name), Recorder(name))
+    call(pipe)
+    assert order == ["text_encoder", "transformer", "transformer_2"]

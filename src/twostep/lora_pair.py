@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,9 +124,11 @@ class LoraPair:
     def load(self, folder: Path, dtype: torch.dtype) -> tuple[AdapterField, AdapterField]:
         """Both steps, on one copy of the teacher's weights."""
         velocity = load_velocity(resolve(self.teacher), dtype=dtype)
-        for step in STEPS:
-            velocity.transformer.load_lora_adapter(
-                str(folder / f"{step}.safetensors"), prefix="transformer", adapter_name=step
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # several adapters are meant
+            for step in STEPS:
+                velocity.transformer.load_lora_adapter(
+                    str(folder / f"{step}.safetensors"), prefix="transformer", adapter_name=step
+                )
         switch = AdapterSwitch(velocity.eval())
         return AdapterField(switch, "first"), AdapterField(switch, "second")

@@ -56,24 +56,27 @@ class Int8Linear(nn.Module):
         linear: is not changed.
     """
 
-    weight: Tensor
+    packed: Tensor
     scale: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
         scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        self.register_buffer("weight", (weight.float() / scale).round().to(torch.int8))
+        self.register_buffer("packed", (weight.float() / scale).round().to(torch.int8))
         self.register_buffer("scale", scale.to(weight.dtype))
         self.bias = linear.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), in the type that it was packed from."""
+        return self.packed.to(self.scale.dtype) * self.scale
+
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
-def pack_int8(
-    transformer: nn.Module, chosen: Callable[[str, nn.Module], bool] = is_packed
-) -> None:
+def pack_int8(transformer: nn.Module, chosen: Callable[[str, nn.Module], bool] = is_packed) -> None:
     """The linear layers that are `chosen`, by name, to `Int8Linear`; in place."""
     for name, module in list(transformer.named_modules()):
         if isinstance(module, nn.Linear) and chosen(name, module):
@@ -106,3 +109,19 @@ def offload(transformer: nn.Module, device: torch.device) -> None:
     # Tokens that belong to no layer: diffusers would bring them with a forward that is not called.
     for parameter, value in own:
         parameter.data = value.to(device)
+
+
+def wake(transformer: nn.Module) -> None:
+    """Runs what accelerate and diffusers hang on a model's forward to bring its weights in.
+
+    The velocity field calls the model's parts and not its forward, so that a pipeline's
+    `enable_model_cpu_offload`, `enable_sequential_cpu_offload` and `enable_group_offload` would
+    pass it by.
+    """
+    hook = getattr(transformer, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(transformer)
+    registry = getattr(transformer, "_diffusers_hook", None)
+    if registry is not None:
+        for found in registry.hooks.values():
+            found.pre_forward(transformer)

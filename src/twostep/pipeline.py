@@ -26,6 +26,7 @@ from twostep.backbones.model import (
 )
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.files import replace_folder
+from twostep.memory import wake
 from twostep.rollout import TwoStep, two_step
 from twostep.sampler import bind, transition_noise
 
@@ -167,7 +168,8 @@ class TwoStepPipeline(ZImagePipeline):
         schedule = TwoStep(self.config.step2_sigma, self.config.transition)
         fresh = transition_noise(noise) if schedule.transition == "renoise" else None
 
-        first = bind(self._field("transformer"), prompts)
+        def first(x: Tensor, sigma: Tensor) -> Tensor:
+            return bind(self._field("transformer"), prompts)(x, sigma)
 
         def second(x: Tensor, sigma: Tensor) -> Tensor:
             if callback_on_step_end is not None:
@@ -187,6 +189,7 @@ class TwoStepPipeline(ZImagePipeline):
     def _field(self, name: str) -> ZImageVelocity:
         """The named transformer as a velocity field; its rope tables are computed once."""
         transformer, field = getattr(self, name), self._fields.get(name)
+        wake(transformer)
         if field is None or field.transformer is not transformer:
             field = self._fields[name] = ZImageVelocity(transformer)
         return field
