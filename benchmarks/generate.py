@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -22,8 +21,10 @@ from typing import Annotated, Any
 
 import typer
 
-# Options of the fast path, by the name they have in the table.
-OPTIONS = ("plain", "prompt cache", "compiled")
+# Warm runs in each process, of which the best counts.
+_RUNS = 10
+# The fast path's options by their names in the table; each has those before it, too.
+OPTIONS = ("plain", "prompt cache", "tiny decoder", "compiled")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Case:
     size: int
     device: str
     dtype: str
+    decoder: str
 
     @property
     def key(self) -> str:
@@ -55,17 +57,16 @@ def measure(case: Case) -> dict[str, Any]:
     from twostep.sampler import Sampler
 
     device = pick_device(case.device)
-    sampler = Sampler.load(case.model, device, getattr(torch, case.dtype))
-    if case.option == "compiled":
+    level = OPTIONS.index(case.option)
+    decoder = case.decoder if level >= OPTIONS.index("tiny decoder") else None
+    dtype = getattr(torch, case.dtype)
+    sampler = Sampler.load(case.model, device, dtype, tiny_decoder=decoder)
+    if level >= OPTIONS.index("compiled"):
         sampler.compile()
     prompts = list(PromptSet.load("emoji", max(4, case.batch), 1).captions[: case.batch])
     noise = seeded_noise(list(range(case.batch)), sampler.noise_shape(case.size, case.size))
-    keep = case.option == "prompt cache"
-    found = measure_latency(sampler, prompts, noise, case.steps, keep_prompts=keep).as_dict()
-    if device.type == "cpu":
-        # Kilobytes on Linux: the whole process, libraries and all.
-        found["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found
+    keep = level >= OPTIONS.index("prompt cache")
+    return measure_latency(sampler, prompts, noise, case.steps, keep, _RUNS).as_dict()
 
 
 def in_own_process(case: Case) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def main(
     size: Annotated[int, typer.Option(help="pixels")] = 64,
     device: Annotated[str, typer.Option()] = "auto",
     dtype: Annotated[str, typer.Option()] = "float32",
+    decoder: Annotated[str, typer.Option(help="the tiny one")] = "zoo:emoji-tiny-decoder",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     out: Annotated[Path, typer.Option()] = Path("runs/benchmarks/generate.json"),
     case: Annotated[str, typer.Option(hidden=True)] = "",
@@ -105,7 +107,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"unknown options {unknown}; there are: {', '.join(OPTIONS)}")
     cases = [
-        Case(model, number, count, name, size, device, dtype)
+        Case(model, number, count, name, size, device, dtype, decoder)
         for count in batch or (1, 4, 16)
         for name in chosen
         for model, number in ((teacher, steps), (student, None))

@@ -27,9 +27,9 @@ from twostep.devices import pick_device
 from twostep.evaluation.prompt_set import PromptSet
 from twostep.exports.export import export
 from twostep.files import write_atomically
+from twostep.live_bytes import held_bytes, live_bytes
 from twostep.memory import KEPT, MODES, Memory, pack_int8, transformer_of
 from twostep.planning.generation import Steps, generation_needs
-from twostep.planning.live_bytes import live_bytes
 from twostep.provenance import git_commit, machine
 from twostep.rollout import seeded_noise
 from twostep.sampler import Sampler
@@ -99,12 +99,7 @@ class Bench:
         run()
         with live_bytes() as live:
             run()
-        held = {
-            id(t): t.nbytes
-            for module in (sampler.field, sampler.second, sampler.decoder.vae)
-            for t in (*module.parameters(), *module.buffers())
-        }
-        return live.peak + sum(held.values())
+        return live.peak + held_bytes(sampler.field, sampler.second, sampler.decoder.vae)
 
     def _one_batch(self, sampler: Sampler) -> Callable[[], None]:
         prompts = self.prompts[: self.batch]
@@ -126,12 +121,7 @@ def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def weight_bytes(sampler: Sampler) -> int:
     """Both steps' transformers, on whatever device."""
-    tensors = {
-        id(t): t.nbytes
-        for field in (sampler.field, sampler.second)
-        for t in (*transformer_of(field).parameters(), *transformer_of(field).buffers())
-    }
-    return sum(tensors.values())
+    return held_bytes(*(transformer_of(field) for field in (sampler.field, sampler.second)))
 
 
 def by_kind(bench: Bench, student: str, whole: torch.Tensor) -> list[dict[str, Any]]:

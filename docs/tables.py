@@ -86,7 +86,7 @@ def generate_table(results: dict[str, Any]) -> str:
         lines.append(
             f"| {case['batch']} | {case['option']} | {steps} | "
             + " | ".join(f"{1e3 * t:.1f}" for t in times)
-            + f" | {'–' if memory is None else round(memory / 2**20)} | {case['ratio']:.2f} |"
+            + f" | {memory / 2**20:.1f} | {case['ratio']:.2f} |"
         )
     note = (
         f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
@@ -95,16 +95,61 @@ def generate_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+WAYS = {"two_sets": "two sets", "lora": "one set and two LoRAs"}
+
+
+def memory_table(results: dict[str, Any]) -> str:
+    """One row per way of benchmarks/memory.py: measured, and computed for the real model."""
+    size = "x".join(map(str, results["real_size"]))
+    lines = [
+        "| steps | `--memory` | weights, MiB | peak, MiB | time | picture, dB | "
+        f"{results['real'].split('/')[-1]}, {size}: weights, GiB | peak, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for way in results["ways"]:
+        real, peak = way["real"], way["peak"]
+        picture = "the same" if way["decibels"] >= 99 else f"{way['decibels']:.0f}"
+        lines.append(
+            f"| {WAYS[way['steps']]} | {way['memory']} | {way['weights'] / 2**20:.1f} | "
+            f"{'–' if peak is None else f'{peak / 2**20:.1f}'} | {way['time']:.2f} | {picture} | "
+            f"{real['transformers'] / 2**30:.1f} | {real['peak'] / 2**30:.1f} |"
+        )
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; left half measured on the embedded student, fp32, batch "
+        f"{results['batch']}, the best of {results['rounds']} rounds, time relative to the first "
+        f"row's, pictures against the first row's ({results['images']} of them); right half "
+        f"computed in bf16 at batch 1 with captions of {results['real_tokens']} tokens, LoRA rank "
+        f"{results['real_rank']}. LoRA files: {'; '.join(results['lora'])}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def kinds_table(results: dict[str, Any]) -> str:
+    """What 8 bits in one kind of layer alone save and cost."""
+    lines = ["| layers in 8 bits | share saved | picture, dB | in `int8` |", "|---|---|---|---|"]
+    for found in sorted(results["kinds"], key=lambda k: -k["saved"]):
+        lines.append(
+            f"| {found['kind']} | {100 * found['saved']:.1f}% | {found['decibels']:.0f} | "
+            f"{'yes' if found['packed'] else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+MEMORY = DOCS / "results" / "memory.json"
+INFERENCE = DOCS / "inference.md"
 ABLATION = DOCS / "results" / "ablation.json"
 RESULTS = DOCS / "results.md"
 TABLES = {
     "demo": (DOCS.parent / "README.md", DOCS / "results" / "demo.json", demo_table),
     "teacher": (DOCS / "teacher.md", DOCS / "results" / "emoji-teacher.json", teacher_table),
-    "generate": (DOCS / "inference.md", DOCS / "results" / "generate.json", generate_table),
+    "generate": (INFERENCE, DOCS / "results" / "generate.json", generate_table),
+    "memory": (INFERENCE, MEMORY, memory_table),
+    "kinds": (INFERENCE, MEMORY, kinds_table),
     "study": (RESULTS, ABLATION, study_facts),
     **{
         name: (RESULTS, ABLATION, partial(study_table, table=name))
-        for name in ("ladder", "removal")
+        for name in ("ladder", "removal", "choice", "peer")
     },
 }
 

@@ -16,7 +16,16 @@ MODULES = [p for p in PACKAGE.rglob("*.py") if "zoo" not in p.relative_to(PACKAG
 
 # Lowest first: a module may import from its own line and those above it.
 LAYERS = [
-    ["errors", "files", "flow", "metrics", "critic", "pictures", "standalone_pipeline"],
+    [
+        "errors",
+        "files",
+        "flow",
+        "metrics",
+        "critic",
+        "pictures",
+        "standalone_pipeline",
+        "live_bytes",
+    ],
     ["config", "emoji", "losses", "rollout", "provenance"],
     ["backbones", "devices", "processes", "prompts"],
     ["lora_pair", "memory"],

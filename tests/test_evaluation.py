@@ -24,6 +24,7 @@ from twostep.evaluation.image_sets import Contender, ImageStore, make_images
 from twostep.evaluation.judge import Evidence, Trial, figures, intervals, nested
 from twostep.evaluation.latency import measure_latency
 from twostep.evaluation.prompt_set import PromptSet
+from twostep.live_bytes import held_bytes
 from twostep.pipeline import save_student
 from twostep.rollout import TwoStep, seeded_noise
 from twostep.sampler import Sampler
@@ -194,7 +195,9 @@ def test_latency_splits_the_time(tiny_folder: Path, student: Path) -> None:
         parts = latency.text + sum(latency.steps) + latency.decode
         assert latency.total == pytest.approx(parts)
         assert min(latency.text, latency.decode, *latency.steps) > 0
-        assert latency.peak_memory_bytes is None
+        sampler = Sampler.load(str(folder))
+        weights = held_bytes(*sampler.modules())
+        assert weights < latency.peak_memory_bytes < 2 * weights
 
 
 # Scores.
@@ -218,6 +221,47 @@ def test_scorers_and_extractors_say_what_is_wrong(tmp_path: Path) -> None:
     path.write_text("a\nb\n")
     with pytest.raises(UserError, match="only prompts of the embedded world"):
         load_scorer("inspector")(torch.zeros(4, 3, 64, 64), PromptSet.load(str(path), 4))
+
+
+SCORER = """
+import json, sys
+from PIL import Image
+for line in sys.stdin:
+    record = json.loads(line)
+    red = Image.open(record["image"]).convert("RGB").getpixel((0, 0))[0]
+    print("null" if "skip" in record["prompt"] else red + len(record["prompt"]) / 10)
+"""
+
+
+def test_scores_by_a_program_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text(SCORER)
+    (tmp_path / "prompts.txt").write_text("ab\nskip me\n")
+    prompts = PromptSet.load(str(tmp_path / "prompts.txt"), 4)
+    images = torch.full((4, 3, 8, 8), -1.0)
+    images[2, 0] = 1.0
+    command = f"{sys.executable} {tmp_path / 'score.py'}"
+    found = load_scorer(f"red={command}")(images, prompts)["red"]
+    torch.testing.assert_close(
+        found, torch.tensor([0.2, math.nan, 255.2, math.nan]), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("=python", "expected NAME=COMMAND, got '=python'"),
+        ("taste=", "expected NAME=COMMAND"),
+        ("taste=/no/such/program", "taste: cannot run /no/such/program"),
+        (f"taste={sys.executable} -c 'import sys; sys.exit(\"no weights\")'", "no weights"),
+        (f"taste={sys.executable} -c 'print(1)'", "taste: 4 pictures, but 1 answers"),
+        (f"taste={sys.executable} -c 'for _ in range(4): print(\"good\")'", "got 'good'"),
+    ],
+)
+def test_a_program_that_does_not_score_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    prompts = PromptSet.load(str(tmp_path / "prompts.txt"), 4)
+    with pytest.raises(UserError, match=message):
+        load_scorer(text)(torch.zeros(4, 3, 8, 8), prompts)
 
 
 def test_efficientnet_features() -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from twostep.backbones.model import ModelError
 from twostep.cli import app
 from twostep.config import Recipe, RecipeError
-from twostep.planning.live_bytes import live_bytes
+from twostep.live_bytes import live_bytes
 from twostep.planning.plan import measure, plan
 from twostep.planning.shapes import shape_folder
 from twostep.teach import teach

@@ -220,7 +220,8 @@ def evaluate(
         typer.Option(help="inspector, efficientnet-lite0, ...; the first gives the main figures"),
     ] = None,
     scores: Annotated[
-        list[str] | None, typer.Option(help="inspector, ocr, clip; may be repeated")
+        list[str] | None,
+        typer.Option(help="inspector, ocr, clip, or NAME=COMMAND of your own; may be repeated"),
     ] = None,
     size: SizeOption = "64",
     halves: Annotated[int, typer.Option(min=0, help="random halves behind each interval")] = 100,

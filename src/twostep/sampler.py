@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twostep.backbones.model import (
     Decoder,
@@ -161,6 +161,11 @@ class Sampler:
         if self.second is not None:
             self.second.compile(dynamic=False)
         self.decoder.vae.decoder.compile(dynamic=False)
+
+    def modules(self) -> list[nn.Module]:
+        """Everything that runs between a prompt and its picture."""
+        found = [self.encoder.text_encoder, self.field, self.second, self.decoder.vae]
+        return [module for module in found if module is not None]
 
     def count_steps(self, steps: int | None) -> int:
         """How many steps `sample` takes when asked for `steps`."""

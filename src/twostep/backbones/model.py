@@ -314,7 +314,7 @@ class Decoder:
         for part in latents.split(batch_size):
             part = part.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
             images.append(self.vae.decode(part, return_dict=False)[0].float().clamp(-1, 1))
-        return torch.cat(images)
+        return torch.cat(images).contiguous()
 
     @torch.no_grad()
     def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:

@@ -17,6 +17,7 @@ from twostep.backbones.model import ZOO
 from twostep.emoji.inspector import Inspector, is_right
 from twostep.emoji.scenes import CATEGORIES
 from twostep.errors import UserError
+from twostep.evaluation.external import ExternalScore
 from twostep.evaluation.prompt_set import PromptSet
 from twostep.pictures import to_bytes
 
@@ -34,7 +35,7 @@ class ScorerError(UserError, ValueError):
 
 
 def load_scorer(name: str) -> Scorer:
-    """One of `NAMES`.
+    """One of `NAMES`, or a program of the user's, `NAME=COMMAND`.
 
     Raises:
         ScorerError: naming what is allowed, or what to install.
@@ -46,7 +47,9 @@ def load_scorer(name: str) -> Scorer:
         return _ocr()
     if name == "clip":
         return _clip()
-    raise ScorerError(f"scores: {name!r} is unknown; allowed: {', '.join(NAMES)}")
+    if "=" in name:
+        return _external(name)
+    raise ScorerError(f"scores: {name!r} is unknown; allowed: {', '.join(NAMES)}, and NAME=COMMAND")
 
 
 def inspector_scores(inspector: Inspector, images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
@@ -125,6 +128,21 @@ def _clip() -> Scorer:
         # A forward gives the score of what it is given: one image, one score.
         pairs = zip(to_bytes(images), prompts.captions, strict=True)
         return {"clip_score": torch.stack([metric(i[None], [c]).cpu() for i, c in pairs])}
+
+    return score
+
+
+def _external(text: str) -> Scorer:
+    try:
+        external = ExternalScore(text)
+    except ValueError as error:
+        raise ScorerError(f"scores: {error}") from error
+
+    def score(images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
+        try:
+            return external(images, prompts)
+        except ValueError as error:
+            raise ScorerError(f"scores: {error}") from error
 
     return score
 

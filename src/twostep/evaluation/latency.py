@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from twostep.backbones.zimage import PromptBatch
+from twostep.live_bytes import held_bytes, live_bytes
 from twostep.rollout import VelocityField
 from twostep.sampler import Sampler
 
-_WARM_UP, _RUNS = 1, 3
+_WARM_UP = 1
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Latency:
     Attributes:
         total: from prompt to pixels.
         text, steps, decode: its parts, `steps` one by one.
-        peak_memory_bytes: of the CUDA device, weights included; None on CPU.
+        peak_memory_bytes: weights included, text encoder too; on a CPU of tensors alone.
     """
 
     total: float
     text: float
     steps: list[float]
     decode: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,27 +45,34 @@ def measure_latency(
     noise: Tensor,
     steps: int | None = None,
     keep_prompts: bool = False,
+    runs: int = 3,
 ) -> Latency:
     """Times `sampler` on one batch of prompts and noise (B, C, H, W).
 
     Args:
         steps: for a teacher; None for a student.
         keep_prompts: encoded prompts are remembered, as for a prompt that comes again.
+        runs: of which the best counts.
     """
     device = sampler.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    runs = []
-    for number in range(_WARM_UP + _RUNS):
+    readings = []
+    for number in range(_WARM_UP + runs):
         if not keep_prompts:
             sampler.encoder.forget()
         marks = _one_run(sampler, prompts, noise, steps)
         if number >= _WARM_UP:
-            runs.append(marks)
-    best = min(runs, key=lambda marks: marks[-1] - marks[0])
+            readings.append(marks)
+    best = min(readings, key=lambda marks: marks[-1] - marks[0])
     parts = [(b - a) / len(prompts) for a, b in pairwise(best)]
     text, *per_step, decode = parts
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        with live_bytes() as live:
+            _one_run(sampler, prompts, noise, steps)
+        memory = live.peak + held_bytes(*sampler.modules())
     return Latency(sum(parts), text, per_step, decode, memory)
 
 

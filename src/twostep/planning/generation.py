@@ -18,9 +18,9 @@ from twostep.backbones.model import Decoder, latent_shape, latents_of, read_arch
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.config import Student
 from twostep.flow import sigma_schedule
+from twostep.live_bytes import held_bytes, live_bytes
 from twostep.lora_pair import STEPS, AdapterField
 from twostep.memory import Memory, pack_int8
-from twostep.planning.live_bytes import live_bytes
 from twostep.planning.shapes import load_nothing, make_fake, shape_folder
 from twostep.rollout import TwoStep, two_step
 from twostep.sampler import Field, bind
@@ -91,7 +91,7 @@ def generation_needs(
             make_fake(field, dtype)
             if memory == "int8":
                 pack_int8(field.transformer)
-        held = _bytes(*(_transformer(field) for field in fields))
+        held = held_bytes(*(_transformer(field) for field in fields))
         if memory == "offload":
             held = _largest_neighbours(_transformer(fields[0]))
         prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * batch_size)
@@ -106,7 +106,7 @@ def generation_needs(
         return GenerationNeeds(
             _text_encoder_bytes(folder, dtype),
             held,
-            _bytes(decoder.vae),
+            held_bytes(decoder.vae),
             rolling.peak,
             decoding.peak,
         )
@@ -126,14 +126,9 @@ def _transformer(field: Field) -> nn.Module:
     return transformer
 
 
-def _bytes(*modules: nn.Module) -> int:
-    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
 def _largest_neighbours(transformer: nn.Module) -> int:
     """With offloading: a layer as it runs, and the next one on its way."""
-    layers = [_bytes(m) for m in transformer.modules() if not any(True for _ in m.children())]
+    layers = [held_bytes(m) for m in transformer.modules() if not any(True for _ in m.children())]
     return sum(sorted(layers)[-2:]) + sum(
         p.numel() * p.element_size() for p in transformer.parameters(recurse=False)
     )
@@ -143,4 +138,4 @@ def _text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
     values = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     config = AutoConfig.for_model(**values)
     with torch.device("meta"):
-        return _bytes(AutoModel.from_config(config)) // 4 * dtype.itemsize
+        return held_bytes(AutoModel.from_config(config)) // 4 * dtype.itemsize

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from twostep.backbones.model import read_shift
 from twostep.config import Recipe
 from twostep.flow import sigma_schedule
-from twostep.planning.live_bytes import live_bytes
+from twostep.live_bytes import live_bytes
 from twostep.planning.shapes import (
     CPU,
     cache_bytes,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -82,3 +82,9 @@ def live_bytes() -> Iterator[LiveBytes]:
             yield mode
     finally:
         gc.unfreeze()
+
+
+def held_bytes(*modules: nn.Module) -> int:
+    """Bytes of the modules' parameters and buffers, shared ones once."""
+    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
