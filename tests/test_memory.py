@@ -206,6 +206,16 @@ def test_tiny_decoder_takes_the_vaes_place(student: Path, tmp_path: Path) -> Non
         Sampler.load(str(student), tiny_decoder=str(student))
 
 
+def test_embedded_tiny_decoder_is_close_to_the_vae() -> None:
+    whole = Sampler.load("zoo:emoji-student")
+    tiny = Decoder.load_tiny("zoo:emoji-tiny-decoder", whole.decoder)
+    found = whole.sample(
+        ["a dog", "two cats on a red background"], seeded_noise([1, 2], (8, 16, 16))
+    )
+    error = (tiny.decode(found.latents) - whole.decoder.decode(found.latents)).square().mean()
+    assert 10 * torch.log10(4 / error) > 30
+
+
 def test_unknown_memory_is_named() -> None:
     with pytest.raises(InputError, match="memory: expected one of plain, int8, offload, got 'fp4'"):
         Holding.of("fp4", None, None)

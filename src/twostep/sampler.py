@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,11 @@ def count_steps(schedule: TwoStep | None, steps: int | None) -> int:
 
 def fingerprint(model: str) -> str:
     """Changes with the model's weights, configurations or templates."""
-    folders = dict.fromkeys((locate(model), base_folder(model)))
-    return "-".join(folder_fingerprint(folder) for folder in folders)
+    folder, base = locate(model), base_folder(model)
+    if folder == base:
+        return folder_fingerprint(folder)
+    both = folder_fingerprint(folder) + folder_fingerprint(base)
+    return hashlib.sha256(both.encode()).hexdigest()
 
 
 class Sampler:
