@@ -24,12 +24,15 @@ def test_overrides_reach_nested_keys(recipe_file: Path) -> None:
             "training.turns=300",
             "training.learning_rate=1e-5",
             "losses.final.adversarial=0",
+            "losses.step1.adversarial=0",
             "critic.layers=[1, 3]",
         ],
     )
     assert recipe.training.turns == 300
     assert recipe.training.learning_rate == 1e-5
     assert recipe.losses.final.adversarial == 0
+    # What a section does not name keeps its default.
+    assert recipe.losses.step1.weight == 0.5
     assert recipe.critic.layers == (1, 3)
     assert not recipe.uses_critic
 

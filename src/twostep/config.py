@@ -109,13 +109,19 @@ class StepLosses(_Section):
     weight: NonNegative = 1.0
     distribution_matching: NonNegative = 1.0
     guidance_augmentation: NonNegative = 0.0
-    adversarial: NonNegative = 0.0
+    adversarial: NonNegative = 1.0
     regression: NonNegative = Field(0.0, description="on cached pairs, kept up after the warm-up")
 
 
+class Step1Losses(StepLosses):
+    """The same for what step 1 points to."""
+
+    weight: NonNegative = 0.5
+
+
 class Losses(_Section):
-    final: StepLosses = StepLosses(adversarial=0.03)
-    step1: StepLosses = StepLosses(weight=0.5)
+    final: StepLosses = StepLosses()
+    step1: Step1Losses = Step1Losses()
     consistency: NonNegative = Field(
         0.0,
         description="weight of latent consistency distillation along the teacher's steps; for one "
