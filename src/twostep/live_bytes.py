@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,3 +88,21 @@ def held_bytes(*modules: nn.Module) -> int:
     """Bytes of the modules' parameters and buffers, shared ones once."""
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@contextmanager
+def gradients_dropped(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, a parameter's gradient is let go as soon as it is there.
+
+    What is alive is then activations alone; gradients that stay are as large as the parameters.
+    """
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

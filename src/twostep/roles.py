@@ -172,7 +172,11 @@ def build_roles(recipe: Recipe, device: torch.device, load: Load | None = None) 
         teacher: Role = AdapterRole(backbone)
         trained = {name: AdapterRole(backbone, name) for name in starts}
     else:
-        teacher = FullRole(load(folder, "transformer", frozen_dtype), False, compiled)
+        frozen = load(folder, "transformer", frozen_dtype)
+        if recipe.training.checkpoint_activations:
+            # Frozen, but the critic's gradient goes through it.
+            frozen.enable_gradient_checkpointing()
+        teacher = FullRole(frozen, False, compiled)
         trained = {}
         for name, (start, part) in starts.items():
             own = load(start, part, torch.float32)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from twostep.backbones.model import read_shift
 from twostep.config import Recipe
 from twostep.flow import sigma_schedule
-from twostep.live_bytes import live_bytes
+from twostep.live_bytes import gradients_dropped, live_bytes
 from twostep.planning.shapes import (
     CPU,
     cache_bytes,
@@ -237,25 +237,20 @@ class _Found:
 def _run(
     turn: Callable[[Batch, Draws], Turn], roles: Roles, batch: Batch, recipe: Recipe
 ) -> _Found:
-    """One turn forwards and backwards; bytes alive at the peak beside weights and gradients."""
-    with live_bytes() as live:
+    """One turn forwards and backwards; bytes alive at the peak beside weights and gradients.
+
+    All gradients are there when the second micro-batch begins, and sharded ones are reduced as
+    they come: activations are counted without them, not less what they are at the end.
+    """
+    modules = roles.trained_modules().values()
+    parameters = chain.from_iterable(module.parameters() for module in modules)
+    with gradients_dropped(parameters), live_bytes() as live:
         autocast = recipe.training.autocast
         with torch.autocast("cpu", torch.bfloat16, autocast):
             found = turn(batch, Draws(0, 0, "student", CPU))
         if found.terms:
             found.loss.backward()
-    return _Found(max(0, live.peak - _drop_gradients(roles)), live.operations)
-
-
-def _drop_gradients(roles: Roles) -> int:
-    """How many bytes they took."""
-    gradients = 0
-    modules = roles.trained_modules().values()
-    for parameter in chain.from_iterable(module.parameters() for module in modules):
-        if parameter.grad is not None:
-            gradients += parameter.grad.numel() * parameter.grad.element_size()
-            parameter.grad = None
-    return gradients
+    return _Found(live.peak, live.operations)
 
 
 def _advice(recipe: Recipe, processes: int, prompt_tokens: int, memory: int) -> Iterator[str]:
