@@ -14,10 +14,11 @@ from typing import Any
 
 def study_table(results: dict[str, Any], table: str) -> str:
     """One row per setting of the ablation, mean and spread over its seeds."""
+    ahead = "ahead of the row above" if table == "ladder" else "the full method is ahead"
     lines = [
         "| | Fréchet | validation | accuracy | diversity | of the preview: Fréchet | accuracy "
-        "| turns to reach | evaluations |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| turns to reach | evaluations | {ahead}: accuracy, Fréchet |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = results["rows"]
     whole = mean(run["evaluations"] for run in rows.get("full") or next(iter(rows.values())))
@@ -27,8 +28,9 @@ def study_table(results: dict[str, Any], table: str) -> str:
             found = results["baselines"][key]
             lines.append(
                 f"| {name} | {found['frechet_to_teacher']:.3f} | – | "
-                f"{found['accuracy']['overall']:.3f} | {found['diversity']:.2f} | – | – | – | – |"
+                f"{found['accuracy']['overall']:.3f} | {found['diversity']:.2f} |" + " – |" * 5
             )
+    other: list[dict[str, Any]] | None = None
     for name, label in shown.items():
         runs = rows.get(name)
         if runs is None:
@@ -43,9 +45,23 @@ def study_table(results: dict[str, Any], table: str) -> str:
             _spread([run["preview_accuracy"] for run in runs], 3),
             _turns([run.get("turns_to_reach") for run in runs]),
             f"{mean(run['evaluations'] for run in runs) / whole:.2f}",
+            _ahead(runs, other) if table == "ladder" else _ahead(other, runs),
         ]
+        if table == "ladder" or other is None:
+            other = runs
         lines.append(f"| {label}{f' ({paper})' if paper else ''} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _ahead(ours: list[dict[str, Any]] | None, theirs: list[dict[str, Any]] | None) -> str:
+    """Of the seeds that both have, in how many `ours` is better: accuracy, Fréchet."""
+    if ours is None or theirs is None:
+        return "–"
+    by_seed = {run["seed"]: run for run in theirs}
+    pairs = [(run, by_seed[run["seed"]]) for run in ours if run["seed"] in by_seed]
+    accuracy = sum(a["accuracy"]["overall"] > b["accuracy"]["overall"] for a, b in pairs)
+    distance = sum(a["frechet_to_teacher"] < b["frechet_to_teacher"] for a, b in pairs)
+    return f"{accuracy}, {distance} of {len(pairs)}"
 
 
 def _spread(values: list[float], digits: int) -> str:
