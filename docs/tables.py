@@ -144,6 +144,7 @@ TABLES = {
     "demo": (DOCS.parent / "README.md", DOCS / "results" / "demo.json", demo_table),
     "teacher": (DOCS / "teacher.md", DOCS / "results" / "emoji-teacher.json", teacher_table),
     "generate": (INFERENCE, DOCS / "results" / "generate.json", generate_table),
+    "compiled": (INFERENCE, DOCS / "results" / "generate-compiled.json", generate_table),
     "memory": (INFERENCE, MEMORY, memory_table),
     "kinds": (INFERENCE, MEMORY, kinds_table),
     "study": (RESULTS, ABLATION, study_facts),

@@ -12,12 +12,20 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from conftest import random_transformer
+from twostep.adapters import SharedBackbone
 from twostep.backbones.model import ModelError
+from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.cli import app
-from twostep.config import Recipe, RecipeError
-from twostep.live_bytes import gradients_dropped, live_bytes
+from twostep.config import Recipe, RecipeError, Student
+from twostep.live_bytes import gradients_dropped, held_bytes, live_bytes
+from twostep.memory import Memory
+from twostep.pipeline import save_student
+from twostep.planning.generation import generation_needs
 from twostep.planning.plan import measure, plan
 from twostep.planning.shapes import shape_folder
+from twostep.rollout import TwoStep, seeded_noise
+from twostep.sampler import Sampler
 from twostep.teach import teach
 from twostep.training.draws import Draws
 from twostep.training.loop import Trainer
@@ -174,3 +182,58 @@ def test_mistakes_are_named(make_recipe: Make) -> None:
         plan(make_recipe(), processes=3)
     with pytest.raises(ModelError, match="no model folder"):
         shape_folder("./nowhere")
+
+
+# Generating.
+
+
+@pytest.fixture(scope="module")
+def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plans") / "student"
+    parts = random_transformer(1), random_transformer(2)
+    save_student(tiny_folder, *parts, TwoStep(0.75), folder, torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize("memory", ["plain", "int8"])
+def test_generation_needs_are_those_of_a_real_run(
+    student: Path, tiny_folder: Path, memory: Memory
+) -> None:
+    sampler = Sampler.load(str(student), memory=memory)
+    prompts = PromptBatch.collate([torch.randn(20, 32)] * 2)
+    noise = seeded_noise([0, 1], (8, 8, 8))
+    found = generation_needs(
+        str(tiny_folder), "two_sets", memory, (32, 32), 2, 20, dtype=torch.float32
+    )
+    assert sampler.second is not None
+    assert found.transformers == held_bytes(sampler.field, sampler.second)
+    assert found.decoder == held_bytes(sampler.decoder.vae)
+    assert found.text_encoder == held_bytes(sampler.encoder.text_encoder)
+    with torch.no_grad(), live_bytes() as rolling:
+        latents = sampler.roll(prompts, noise).latents
+    assert found.steps == pytest.approx(rolling.peak, rel=0.1)
+    with live_bytes() as decoding:
+        sampler.decoder.decode(latents)
+    assert found.decoding == pytest.approx(decoding.peak, rel=0.1)
+
+
+def test_a_students_loras_are_counted_on_one_set(tiny_folder: Path) -> None:
+    size = (32, 32)
+    one = generation_needs(str(tiny_folder), "lora", "plain", size, rank=4, dtype=torch.float32)
+    backbone = SharedBackbone(
+        ZImageVelocity(random_transformer()), ["first", "second"], 4, Student().target_modules, 0
+    )
+    assert one.transformers == held_bytes(backbone.model)
+
+
+def test_a_student_of_z_images_size_fits_16_gigabytes() -> None:
+    model, size = "Tongyi-MAI/Z-Image-Turbo", (1024, 1024)
+    whole = generation_needs(model, "two_sets", "plain", size)
+    assert whole.transformers == 2 * 2 * 6_154_908_736
+    assert whole.text_encoder == pytest.approx(8.04e9, rel=0.01)
+    packed = generation_needs(model, "two_sets", "int8", size)
+    pair = generation_needs(model, "lora", "int8", size)
+    assert whole.peak > 16e9 > packed.peak + 2**30 > pair.peak + 2**30
+    offloaded = generation_needs(model, "two_sets", "offload", size)
+    # Two layers at a time: the text encoder is the largest then.
+    assert offloaded.peak == offloaded.text_encoder
