@@ -62,9 +62,12 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        self.register_buffer("packed", (weight.float() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(weight.dtype))
+        largest = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12)
+        # Rounded first, so that what the scale loses in bf16 is made up for.
+        scale = (largest / 127).to(weight.dtype)
+        steps = (weight.float() / scale.float()).round().clamp(-127, 127)
+        self.register_buffer("packed", steps.to(torch.int8))
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     @property

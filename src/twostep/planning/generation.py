@@ -20,7 +20,7 @@ from twostep.config import Student
 from twostep.flow import sigma_schedule
 from twostep.live_bytes import held_bytes, live_bytes
 from twostep.lora_pair import STEPS, AdapterField
-from twostep.memory import Memory, pack_int8
+from twostep.memory import Memory, pack_int8, transformer_of
 from twostep.planning.shapes import load_nothing, make_fake, shape_folder
 from twostep.rollout import TwoStep, two_step
 from twostep.sampler import Field, bind
@@ -91,9 +91,9 @@ def generation_needs(
             make_fake(field, dtype)
             if memory == "int8":
                 pack_int8(field.transformer)
-        held = held_bytes(*(_transformer(field) for field in fields))
+        held = held_bytes(*(transformer_of(field) for field in fields))
         if memory == "offload":
-            held = _largest_neighbours(_transformer(fields[0]))
+            held = _largest_neighbours(transformer_of(fields[0]))
         prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * batch_size)
         schedule = TwoStep(sigma_schedule(2, read_shift(folder))[1])
         noise = torch.randn(shape)
@@ -118,12 +118,6 @@ def _steps(shapes: list[ZImageVelocity], rank: int) -> tuple[Field, Field]:
         return shapes[0], shapes[1]
     backbone = SharedBackbone(shapes[0], list(STEPS), rank, Student().target_modules, 0)
     return AdapterField(backbone, STEPS[0]), AdapterField(backbone, STEPS[1])
-
-
-def _transformer(field: Field) -> nn.Module:
-    model = field.model if isinstance(field, AdapterField) else field
-    transformer: nn.Module = model.transformer
-    return transformer
 
 
 def _largest_neighbours(transformer: nn.Module) -> int:
