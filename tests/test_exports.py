@@ -195,6 +195,12 @@ def test_lora_card_runs_both_steps_with_stock_diffusers(
     assert (plain - names["image"]).abs().max() > 0.1
 
 
+def test_lora_card_names_a_folder_that_diffusers_can_open(tmp_path: Path) -> None:
+    export("zoo:emoji-student", "lora", tmp_path / "out", "zoo:emoji-teacher", rank=1)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f'from_pretrained("{ZOO / "emoji-teacher"}")' in card
+
+
 def test_lora_files_are_assembled_into_a_student_again(
     student: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -100,7 +100,9 @@ def export(
     if check:
         lines.append(_difference_in_pictures(student, str(out), check, size))
     shift = read_shift(folder)
-    _write(out / "README.md", lora_card(out.name, teacher, schedule, shift, rank, facts, lines))
+    # The card's script runs without this package, which alone knows the zoo.
+    named = str(resolve(teacher)) if teacher.startswith("zoo:") else teacher
+    _write(out / "README.md", lora_card(out.name, named, schedule, shift, rank, facts, lines))
     return lines
 
 
