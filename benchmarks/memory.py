@@ -27,8 +27,10 @@ from twostep.devices import pick_device
 from twostep.evaluation.prompt_set import PromptSet
 from twostep.exports.export import export
 from twostep.files import write_atomically
+from twostep.generate import Holding
 from twostep.live_bytes import held_bytes, live_bytes
 from twostep.memory import KEPT, MODES, Memory, pack_int8, transformer_of
+from twostep.metrics import peak_signal_to_noise
 from twostep.planning.generation import Steps, generation_needs
 from twostep.provenance import git_commit, machine
 from twostep.rollout import seeded_noise
@@ -69,11 +71,7 @@ class Bench:
         self.prompts = list(PromptSet.load("emoji", images, 1).captions)
 
     def load(self, way: Way) -> Sampler:
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        sampler = Sampler.load(way.model, self.device, dtype, way.memory)
-        sampler.encoder.encode(self.prompts)
-        sampler.encoder.release()
-        return sampler
+        return Holding(way.memory).load(way.model, self.prompts, self.device)
 
     def pictures(self, sampler: Sampler) -> torch.Tensor:
         noise = seeded_noise(list(range(len(self.prompts))), sampler.noise_shape(*self.size))
@@ -114,9 +112,8 @@ class Bench:
 
 
 def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio of images in -1..1; 100 at most."""
-    error = (a - b).square().mean(dim=(1, 2, 3))
-    return float((10 * torch.log10(4 / error.clamp_min(4e-10))).mean())
+    """Mean over the pictures."""
+    return peak_signal_to_noise(a, b).mean().item()
 
 
 def weight_bytes(sampler: Sampler) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from autoencoder import psnr, to_pixels
+from autoencoder import to_pixels
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -22,7 +22,7 @@ from twostep.emoji.inspector import FEATURES, Inspector, is_right, score
 from twostep.emoji.render import load_sprites, render
 from twostep.emoji.scenes import CATEGORIES, held_out_scenes
 from twostep.evaluation.prompt_set import PromptSet
-from twostep.metrics import frechet_distance
+from twostep.metrics import frechet_distance, peak_signal_to_noise
 from twostep.pictures import image_grid
 from twostep.sampler import Sampler
 
@@ -83,7 +83,8 @@ def measure(art: Path, teacher: Path, base: Path, inspector: Path, images: int =
     fresh = to_pixels(
         np.stack([render(s, sprites, rng).image for s in held_out_scenes(256, seed=3)])
     )
-    figures["vae_psnr"] = psnr(decoder.decode(decoder.encode(fresh)), fresh).mean().item()
+    ratio = peak_signal_to_noise(decoder.decode(decoder.encode(fresh)), fresh)
+    figures["vae_psnr"] = ratio.mean().item()
     return figures
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twostep.emoji.render import load_sprites, render
 from twostep.emoji.scenes import sample_training_scene
+from twostep.metrics import peak_signal_to_noise
 
 BATCH = 32
 # A fixed small noise on the code makes the decoder tolerant of the denoiser's errors; a learned
@@ -32,11 +33,6 @@ def new_autoencoder() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per image, in dB, for images in -1..1."""
-    return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)))
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
@@ -76,13 +72,13 @@ def train_autoencoder(
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if run.steps % 20 == 0:
-            run.values = {"psnr": psnr(decoded.detach(), pixels).mean().item()}
+            run.values = {"psnr": peak_signal_to_noise(decoded.detach(), pixels).mean().item()}
 
     vae.eval()
     held_out = draw_batch(sprites, np.random.default_rng(99), 256).to(device)
     with torch.no_grad():
         code = vae.encode(held_out).latent_dist.mean
-        decibels = psnr(vae.decode(code).sample, held_out).mean().item()
+        decibels = peak_signal_to_noise(vae.decode(code).sample, held_out).mean().item()
     # Latents as the transformer sees them have mean 0 and standard deviation 1.
     mean, std = code.mean().item(), code.std().item()
     vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)

@@ -14,13 +14,14 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from autoencoder import CODE_NOISE, psnr
+from autoencoder import CODE_NOISE
 from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from timed_run import TimedRun, warm_then_linear
 from torch import Tensor
 
 from twostep.backbones.model import Decoder, resolve
+from twostep.metrics import peak_signal_to_noise
 
 BATCH = 32
 
@@ -85,11 +86,13 @@ def main(
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         if run.steps % 20 == 0:
-            run.values = {"psnr": psnr(found.detach(), target).mean().item()}
+            run.values = {"psnr": peak_signal_to_noise(found.detach(), target).mean().item()}
 
     tiny.eval()
     with torch.no_grad():
-        decibels = psnr(tiny.decoder(held_out).clamp(-1, 1), decoder.decode(held_out)).mean()
+        decibels = peak_signal_to_noise(
+            tiny.decoder(held_out).clamp(-1, 1), decoder.decode(held_out)
+        ).mean()
     tiny.save_pretrained(work / "tiny-decoder")
     print(f"tiny decoder: {decibels.item():.2f} dB to the VAE on 256 held-out scenes", flush=True)
 

@@ -276,3 +276,10 @@ def _squared_mmd(
             raise ValueError("groups: all images are of one group, so that no pair is left")
     within = kernel(a, a)[within_a].mean() + kernel(b, b)[within_b].mean()
     return (within - 2 * kernel(a, b)[across].mean()).item()
+
+
+def peak_signal_to_noise(a: Tensor, b: Tensor) -> Tensor:
+    """Decibels (N,) between images (N, C, H, W) in -1..1, each with its own; 100 at most."""
+    error = (a - b).square().mean(dim=(1, 2, 3))
+    # The range is 2, its square 4.
+    return 10 * torch.log10(4 / error.clamp_min(4e-10))

@@ -6,6 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ class ModelError(UserError, ValueError):
     """A model folder that cannot be used; the message says what was expected."""
 
 
+@cache
+def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
+    """A model of the hub, asked for once in a process."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name!r} is no local folder, nor could the hub be asked: {error}"
+        ) from error
+
+
 def locate(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
     """The folder that `name` means: `zoo:NAME`, a local folder, or a hub id.
 
@@ -49,15 +64,7 @@ def locate(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
     elif Path(name).is_dir():
         folder = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ModelError(
-                f"{name!r} is no local folder, nor could the hub be asked: {error}"
-            ) from error
+        folder = _fetch(name, tuple(patterns))
     else:
         raise ModelError(f"no model folder at {name!r}")
     return folder

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import ZImageTransformer2DModel
 
 from twostep.backbones.model import ModelError, read_shift, resolve
@@ -18,6 +17,7 @@ from twostep.exports.program import export_programs
 from twostep.files import write_atomically
 from twostep.flow import sigma_schedule
 from twostep.lora_pair import STEPS, LoraPair
+from twostep.metrics import peak_signal_to_noise
 from twostep.pipeline import save_student
 from twostep.rollout import TwoStep, seeded_noise
 from twostep.sampler import Sampler, read_two_step
@@ -115,9 +115,7 @@ def _difference_in_pictures(
         sampler = Sampler.load(model)
         noise = seeded_noise(list(range(len(prompts))), sampler.noise_shape(*size))
         images.append(sampler.generate(prompts, noise))
-    error = (images[0] - images[1]).square().mean(dim=(1, 2, 3))
-    # Pixels run from -1 to 1.
-    ratio = 10 * torch.log10(4 / error.clamp_min(1e-10))
+    ratio = peak_signal_to_noise(images[0], images[1])
     return (
         f"{len(prompts)} pictures at {size[1]}x{size[0]} against the full student's, equal noise: "
         f"peak signal-to-noise ratio {ratio.mean():.1f} dB, lowest {ratio.min():.1f} dB"
