@@ -15,6 +15,7 @@ from conftest import TEXT_WIDTH, random_transformer
 from twostep.adapters import AdapterRole, SharedBackbone
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.config import Recipe, RecipeError, Student
+from twostep.memory import Int8Linear
 from twostep.roles import bind_role
 from twostep.rollout import TwoStep, two_step
 from twostep.sampler import Sampler
@@ -26,13 +27,14 @@ NAMES = ["first", "second", "fake1", "fake2"]
 TARGETS = Student().target_modules
 
 
-def backbone(seed: int = 0) -> SharedBackbone:
-    return SharedBackbone(ZImageVelocity(random_transformer()), NAMES, 4, TARGETS, seed)
+def backbone(seed: int = 0, int8: bool = False) -> SharedBackbone:
+    model = ZImageVelocity(random_transformer())
+    return SharedBackbone(model, NAMES, 4, TARGETS, seed, random_transformer, int8)
 
 
-def with_random_adapters(seed: int = 0) -> SharedBackbone:
+def with_random_adapters(seed: int = 0, int8: bool = False) -> SharedBackbone:
     """LoRA begins as zero; here every adapter does something of its own."""
-    shared = backbone()
+    shared = backbone(int8=int8)
     generator = torch.Generator().manual_seed(seed)
     for name in NAMES:
         for parameter in shared.parameters(name):
@@ -81,9 +83,9 @@ def test_only_blocks_are_adapted_and_every_adapter_is_seeded() -> None:
     assert not any(p.requires_grad for n, p in shared.model.named_parameters() if "lora_" not in n)
 
 
-def gradients(checkpointing: bool, in_between: bool) -> dict[str, list[Tensor]]:
+def gradients(checkpointing: bool, in_between: bool, int8: bool = False) -> dict[str, list[Tensor]]:
     """Of a loss on the final image, end to end; other roles run before the backward pass."""
-    shared = with_random_adapters()
+    shared = with_random_adapters(int8=int8)
     if checkpointing:
         shared.checkpoint_activations()
     noise, sigma, prompts = inputs()
@@ -195,6 +197,49 @@ def test_bfloat16_backbone_with_checkpointing_trains(make_recipe: Callable[..., 
     assert trainer.progress.skipped == 0
     assert trainer.roles.teacher.model.transformer.x_pad_token.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in trainer.roles.student_parameters())
+
+
+def test_eight_bit_backbone_gives_nearly_the_same_gradients_and_merges_into_the_original() -> None:
+    plain = gradients(checkpointing=False, in_between=False)
+    packed = gradients(checkpointing=True, in_between=True, int8=True)
+    for name in ("first", "second"):
+        a, b = (torch.cat([g.flatten() for g in found[name]]) for found in (plain, packed))
+        assert torch.cosine_similarity(a, b, dim=0) > 0.99
+        assert not torch.equal(a, b)
+    shared = with_random_adapters(int8=True)
+    weights = [m.packed for m in shared.model.transformer.modules() if isinstance(m, Int8Linear)]
+    assert len(weights) == 3 * 7 + 14  # attention and feed-forward of layers and refiners
+    merged = AdapterRole(shared).transformer()
+    original = random_transformer().state_dict()
+    assert all(torch.equal(v, original[k]) for k, v in merged.state_dict().items())
+
+
+def test_eight_bit_gradient_is_that_of_the_unpacked_weight_and_nothing_unpacked_is_kept() -> None:
+    torch.manual_seed(0)
+    layer = Int8Linear(torch.nn.Linear(24, 6))
+    x = torch.randn(5, 24, requires_grad=True)
+    kept: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t.dtype), t)[1], lambda t: t
+    ):
+        out = layer(x)
+    assert torch.int8 in kept and len(kept) == 2  # the scale is the other
+    (found,) = torch.autograd.grad(out.square().sum(), x)
+    expected_out = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    (expected,) = torch.autograd.grad(expected_out.square().sum(), x)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(found, expected)
+
+
+def test_eight_bit_run_trains_and_its_student_has_no_trace_of_it(
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = make_recipe(student=LORA | {"backbone_dtype": "int8"}, training={"autocast": True})
+    trainer = trainer_of(recipe)
+    folder = trainer.train()
+    assert trainer.progress.skipped == 0
+    student = Sampler.load(str(folder))
+    assert not any(isinstance(m, Int8Linear) for m in student.field.modules())
 
 
 def test_compile_is_refused(make_recipe: Callable[..., Recipe]) -> None:

@@ -6,19 +6,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from twostep.backbones.zimage import PromptBatch
-from twostep.config import Recipe
+from twostep.cache_plan import Plan
+from twostep.config import Recipe, RecipeError
 from twostep.flow import sigma_schedule
 from twostep.prompts import PromptError, load_prompts
 from twostep.rollout import euler
 from twostep.sampler import Sampler, bind
 from twostep.teach import teach
-from twostep.teacher_cache import CacheError, Plan, TeacherCache, build
+from twostep.teacher_cache import CacheError, TeacherCache, build
+from twostep.training.batches import order_of
+from twostep.training.order import Order
 
 Make = Callable[..., Recipe]
 
@@ -68,14 +73,86 @@ def test_seeds_of_one_prompt_share_its_embedding_and_differ_in_noise(recipe: Rec
 
 
 def test_order_is_a_permutation_each_epoch_and_a_function_of_the_turn(recipe: Recipe) -> None:
-    cache = teach(recipe)
+    order = order_of(teach(recipe))
     epochs = [
-        [i for turn in range(6 * e, 6 * e + 6) for i in cache.batch_ids(turn, 4, 0)] for e in (0, 1)
+        [i for turn in range(6 * e, 6 * e + 6) for i in order.batch(turn, 4, 0)] for e in (0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
     assert epochs[0] != epochs[1]
-    assert cache.batch_ids(3, 4, 0) == TeacherCache(Plan.of(recipe)).batch_ids(3, 4, 0)
-    assert cache.batch_ids(3, 4, 0) != cache.batch_ids(3, 4, 1)
+    again = order_of(TeacherCache(Plan.of(recipe)))
+    assert order.batch(3, 4, 0) == again.batch(3, 4, 0) != order.batch(3, 4, 1)
+
+
+SIZES = {"other_sizes": [[32, 64], [64, 32]]}
+
+
+def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) -> None:
+    recipe = make_recipe(data={**SIZES, "prompt_count": 13, "shard_size": 4})
+    cache = teach(recipe)
+    plan, order = cache.plan, order_of(cache)
+    assert sorted(plan.prompts) == sorted(Plan.of(make_recipe(data={"prompt_count": 13})).prompts)
+    assert [len(plan.samples_of(place)) for place in range(3)] == [10, 8, 8]
+    assert {shard.size for shard in plan.shards} == {(32, 32), (32, 64), (64, 32)}
+    seen: list[tuple[int, ...]] = []
+    for turn in range(6):
+        ids = order.batch(turn, 4, seed=0)
+        assert len(set(ids)) == 4
+        seen.append(tuple(cache.read(ids).latents.shape[2:]))
+    for block in (seen[:3], seen[3:]):  # each size takes its turn
+        assert sorted(block) == [(8, 8), (8, 16), (16, 8)]
+    assert len({tuple(seen[:3]), tuple(seen[3:])}) <= 2
+    for place, (height, width) in enumerate(plan.sizes):
+        ids = [
+            i
+            for batch in range(len(plan.samples_of(place)))
+            for i in order.of_size(place, batch, 1, 0)
+        ]
+        assert sorted(ids) == list(plan.samples_of(place))
+        # The sampler gives the same from the same noise, one by one.
+        samples = cache.read(ids[:1])
+        assert samples.noise.shape[1:] == (8, height // 4, width // 4)
+        again = Sampler.load(recipe.teacher.model).sample(samples.prompts, samples.noise, 4)
+        torch.testing.assert_close(again.latents, samples.latents, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_sorted_by_caption_length_pads_less_and_loses_no_sample() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 64)
+    plain, window = (Order([range(64)], lengths, w) for w in (1, 4))
+
+    def padded(order: Order) -> int:
+        return sum(int(lengths[order.batch(turn, 4, 0)].max()) * 4 for turn in range(16))
+
+    assert padded(window) < 0.8 * padded(plain)
+    epochs = [
+        [i for t in range(16 * e, 16 * e + 16) for i in window.batch(t, 4, 0)] for e in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
+    assert epochs[0] != epochs[1]
+    # Lengths come in no order of their own.
+    means = [lengths[window.batch(turn, 4, 0)].mean() for turn in range(16)]
+    assert means != sorted(means)
+
+
+def test_caption_lengths_are_those_of_the_embeddings(recipe: Recipe) -> None:
+    cache = teach(recipe)
+    embeds = cache.read(range(24)).embeds
+    assert cache.caption_lengths().tolist() == [len(e) for e in embeds]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"other_sizes": [[32, 32]]}, r"must differ from each other and from height and width"),
+        ({"other_sizes": [[32, 36]]}, r"width must be a positive multiple of 8, got 36"),
+        ({"other_sizes": [[32, 64]], "prompt_count": 1}, r"2 sizes need as many prompts"),
+        ({"height": 30}, r"data\.height.*height must be a positive multiple of 8, got 30"),
+    ],
+)
+def test_bad_sizes_are_refused_before_anything_is_loaded(
+    make_recipe: Make, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Plan.of(make_recipe(data=data))
 
 
 def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
@@ -188,9 +265,49 @@ def test_prompt_files(tmp_path: Path) -> None:
     lines.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(PromptError, match=r"p\.jsonl:2: expected an object with a prompt"):
         load_prompts(str(lines), 10)
+    assert load_prompts(str(lines), 1, column="prompt") == ["a"]
+    lines.write_text('{"text": "b"}\n')
+    assert load_prompts(str(lines), column="text") == ["b"]
     with pytest.raises(PromptError, match="holds no prompts"):
         empty = tmp_path / "e.txt"
         empty.write_text("\n")
         load_prompts(str(empty), 1)
-    with pytest.raises(PromptError, match=r"expected emoji, a \.txt or a \.jsonl"):
+    with pytest.raises(PromptError, match=r"expected emoji, parti, hf:OWNER/NAME, or a \.txt"):
         load_prompts("prompts.csv", 1)
+
+
+def test_parti_prompts_come_with_the_package() -> None:
+    prompts = load_prompts("parti")
+    assert len(prompts) == 1632
+    assert prompts[0] == "bond"
+    assert load_prompts("parti", 5) == prompts[:5]
+
+
+@pytest.mark.parametrize("kind", ["file", "dataset"])
+def test_prompts_from_parquet_and_from_a_dataset(tmp_path: Path, kind: str) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    texts = ["a dog", "一只猫", "a dog", " a cow "]
+    path = tmp_path / "set" / "train.parquet"
+    path.parent.mkdir()
+    parquet.write_table(pyarrow.table({"text": texts, "id": [1, 2, 3, 4]}), path)
+    # A folder stands for the hub's name of a dataset.
+    source = str(path) if kind == "file" else f"hf:{path.parent}"
+    assert load_prompts(source, 10, column="text") == ["a dog", "一只猫", "a cow"]
+    assert load_prompts(source, 2, column="text") == ["a dog", "一只猫"]
+    with pytest.raises(PromptError, match=r"has no 'prompt'; it has text, id"):
+        load_prompts(source, 2)
+    with pytest.raises(PromptError, match="id must be a string, got 1"):
+        load_prompts(source, 2, column="id")
+
+
+def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(b"no parquet at all")
+    with pytest.raises(PromptError, match="cannot be read as Parquet"):
+        load_prompts(str(bad), 1)
+    with pytest.raises(PromptError, match="say how many"):
+        load_prompts("hf:owner/name")
+    with pytest.raises(PromptError, match="split 'train'"):
+        load_prompts(f"hf:{tmp_path / 'gone'}", 1)

@@ -7,8 +7,8 @@ recomputation under activation checkpointing runs under the role of its forward 
 
 from __future__ import annotations
 
-import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from twostep.backbones.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.config import RecipeError
 from twostep.lora_pair import AdapterSwitch
+from twostep.memory import pack_int8
 
 
 class SharedBackbone(AdapterSwitch):
@@ -30,13 +31,22 @@ class SharedBackbone(AdapterSwitch):
         rank: of every adapter; alpha equals it, since several readers of LoRA files ignore alpha.
         target_modules: a regular expression that whole module names must match.
         seed: the adapters' first weights follow from it and from the role's place in `names`.
+        original: loads the transformer as it was, for `merged`; None where nothing is merged.
+        int8: packs the frozen weights of the blocks (`memory.py`), once the adapters are there.
 
     Raises:
         RecipeError: if no linear layer matches `target_modules`.
     """
 
     def __init__(
-        self, model: ZImageVelocity, names: list[str], rank: int, target_modules: str, seed: int
+        self,
+        model: ZImageVelocity,
+        names: list[str],
+        rank: int,
+        target_modules: str,
+        seed: int,
+        original: Callable[[], nn.Module] | None = None,
+        int8: bool = False,
     ) -> None:
         model.requires_grad_(False)
         for index, name in enumerate(names):
@@ -50,8 +60,10 @@ class SharedBackbone(AdapterSwitch):
                     raise RecipeError(
                         f"student.target_modules: no linear layer matches {target_modules!r}"
                     ) from error
+        if int8:
+            pack_int8(model.transformer)
         super().__init__(model)
-        self.rank = rank
+        self.rank, self.original = rank, original
         for name in names:
             for parameter in self.parameters(name):
                 parameter.data = parameter.data.float()
@@ -89,17 +101,15 @@ class SharedBackbone(AdapterSwitch):
 
     @torch.no_grad()
     def merged(self, name: str) -> nn.Module:
-        """A copy of the transformer with the adapter added to its weights, as diffusers has it."""
-        transformer = copy.deepcopy(self.model.transformer)
-        for key in self.layers:
-            layer: Any = transformer.get_submodule(key)
-            base = layer.get_base_layer()
-            if name:
-                base.weight += layer.get_delta_weight(name).to(base.weight.dtype)
-            transformer.set_submodule(key, base)
-        for leftover in ("peft_config", "_hf_peft_config_loaded"):
-            transformer.__dict__.pop(leftover, None)
-        transformer.disable_gradient_checkpointing()
+        """The transformer with the adapter added to its weights, as diffusers has it.
+
+        To the weights as they were loaded: packing costs the student nothing once it is trained.
+        """
+        assert self.original is not None
+        transformer = self.original()
+        for key, layer in self.layers.items() if name else ():
+            weight: Any = transformer.get_submodule(key).weight
+            weight += layer.get_delta_weight(name).to(weight)
         return transformer
 
 

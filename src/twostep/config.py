@@ -17,6 +17,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+# (height, width) in pixels
+Size = tuple[Count, Count]
 
 
 class RecipeError(UserError, ValueError):
@@ -51,18 +53,37 @@ class Score(_Section):
         "first: a few-step teacher's own field is not the score of the images it makes",
     )
     learning_rate: Positive = Field(2e-4, description="while it is fitted")
+    caption_dropout: Fraction = Field(
+        0.0,
+        description="while it is fitted, the share of samples with the empty prompt in place of "
+        "their own; guidance with a fitted score needs it",
+    )
 
 
 class Data(_Section):
     """Prompts and cached teacher samples."""
 
     prompts: str = Field(
-        "emoji", description="a .txt or .jsonl file, or emoji for the embedded world"
+        "emoji",
+        description="a .txt, .jsonl or .parquet file, hf:OWNER/NAME for a dataset of the hub, "
+        "parti for PartiPrompts, or emoji for the embedded world",
     )
     prompt_count: Count = Field(1024, description="how many prompts to use; a file may have more")
+    prompt_column: str = Field("prompt", description="of a .jsonl or .parquet file or a dataset")
+    prompt_split: str = Field("train", description="of a dataset of the hub")
     samples_per_prompt: Count = 1
     height: Count = 64
     width: Count = 64
+    other_sizes: tuple[Size, ...] = Field(
+        (),
+        description="further (height, width); prompts take turns, every batch is of one size; "
+        "validation keeps to height and width",
+    )
+    caption_window: Count = Field(
+        1,
+        description="batches whose samples are sorted by caption length together, so that less is "
+        "padded; 1: not sorted",
+    )
     seed: int = 0
     cache: Path = Path("runs/cache")
     shard_size: Count = 256
@@ -71,6 +92,20 @@ class Data(_Section):
         description="teacher, or a folder of images for the critic's reals; captions from its "
         "metadata.jsonl (file_name, text)",
     )
+
+    @model_validator(mode="after")
+    def _different_sizes(self) -> Data:
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(
+                f"other_sizes must differ from each other and from height and width "
+                f"({self.height}, {self.width}), got {[list(s) for s in self.other_sizes]}"
+            )
+        return self
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Every (height, width), the first one height and width."""
+        return ((self.height, self.width), *self.other_sizes)
 
 
 class Student(_Section):
@@ -91,8 +126,10 @@ class Student(_Section):
         r"(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)",
         description="for lora: a regular expression that whole module names must match",
     )
-    backbone_dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="for lora: the frozen weights' type"
+    backbone_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "bfloat16",
+        description="for lora: the frozen weights' type; int8: the blocks' matrices in 8 bits with "
+        "a scale for each output, the rest in bfloat16",
     )
     gradient: Literal["end_to_end", "cut"] = "end_to_end"
     transition: Literal["euler", "renoise"] = "euler"
@@ -180,6 +217,11 @@ class Training(_Section):
         description="fake and critic turns between the student's warm-up and its first turn with "
         "them: until the fakes know the student, their gradient is noise",
     )
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        "adamw",
+        description="adafactor keeps a row and a column of states for each matrix instead of two "
+        "numbers for each weight; its rates are relative to the weights' size",
+    )
     learning_rate: Positive = 1e-4
     warmup_learning_rate: Positive | None = Field(
         None,
@@ -249,15 +291,16 @@ class Recipe(_Section):
         augmented = (
             self.losses.final.guidance_augmentation + self.losses.step1.guidance_augmentation
         )
-        if augmented and self.score.model is None:
+        if augmented and self.score.model is None and not self.score.fit_turns:
             raise ValueError(
-                "losses.*.guidance_augmentation needs score.model: guidance makes no sense for a "
-                "guidance-free teacher (Z-Image issue 110)"
+                "losses.*.guidance_augmentation needs score.model or a fitted score: guidance "
+                "makes no sense for a guidance-free teacher (Z-Image issue 110)"
             )
-        if self.score.fit_turns and (self.score.guidance_scale or augmented):
+        unprompted = self.score.fit_turns == 0 or self.score.caption_dropout > 0
+        if (self.score.guidance_scale or augmented) and not unprompted:
             raise ValueError(
-                "score.fit_turns makes a score of the teacher's images as they are: "
-                "score.guidance_scale and losses.*.guidance_augmentation must be 0 with it"
+                "score.fit_turns fits the score to captioned images alone: score.guidance_scale "
+                "and losses.*.guidance_augmentation must be 0, or score.caption_dropout above 0"
             )
         if self.score.fit_turns and self.score.model and self.student.parameters == "lora":
             raise ValueError(

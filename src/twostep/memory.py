@@ -46,11 +46,35 @@ def is_packed(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not KEPT.fullmatch(name)
 
 
-class Int8Linear(nn.Module):
-    """A linear layer whose weight is kept in 8 bits, with a scale for each output.
+class _Product(torch.autograd.Function):
+    """`x @ weight.T` with a packed weight, which the backward pass unpacks again.
 
-    Arithmetic is in the type of the input. In our own few lines, since torchao 0.18 writes
-    warnings into every run that imports diffusers 0.42, which cannot use it (docs/log.md).
+    Plain autograd would keep each unpacked weight until then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(packed, scale)
+        ctx.dtype = x.dtype
+        return nn.functional.linear(x, _unpacked(packed, scale).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient, (packed, scale) = gradients[0], ctx.saved_tensors
+        weight = _unpacked(packed, scale).to(gradient.dtype)
+        return (gradient @ weight).to(ctx.dtype), None, None
+
+
+def _unpacked(packed: Tensor, scale: Tensor) -> Tensor:
+    return packed.to(scale.dtype) * scale
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose frozen weight is kept in 8 bits, with a scale for each output.
+
+    Arithmetic is in the type of the input; gradients go to the input alone. In our own few lines,
+    since torchao 0.18 writes warnings into every run that imports diffusers 0.42, which cannot use
+    it (docs/log.md).
 
     Args:
         linear: is not changed.
@@ -68,15 +92,18 @@ class Int8Linear(nn.Module):
         steps = (weight.float() / scale.float()).round().clamp(-127, 127)
         self.register_buffer("packed", steps.to(torch.int8))
         self.register_buffer("scale", scale)
-        self.bias = linear.bias
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
 
     @property
     def weight(self) -> Tensor:
         """(out, in), in the type that it was packed from."""
-        return self.packed.to(self.scale.dtype) * self.scale
+        return _unpacked(self.packed, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        product: Tensor = _Product.apply(x, self.packed, self.scale)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias
 
 
 def pack_int8(transformer: nn.Module, chosen: Callable[[str, nn.Module], bool] = is_packed) -> None:

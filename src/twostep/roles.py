@@ -167,8 +167,7 @@ def build_roles(recipe: Recipe, device: torch.device, load: Load | None = None) 
     compiled, frozen_dtype = recipe.training.compile, getattr(torch, recipe.teacher.dtype)
     trained: dict[str, Role]
     if recipe.student.parameters == "lora":
-        model = load(folder, "transformer", getattr(torch, recipe.student.backbone_dtype))
-        backbone = _backbone(recipe, model, list(starts))
+        backbone = _backbone(recipe, folder, load, list(starts))
         teacher: Role = AdapterRole(backbone)
         trained = {name: AdapterRole(backbone, name) for name in starts}
     else:
@@ -241,9 +240,24 @@ def _check_critic_layers(recipe: Recipe, teacher: Path) -> None:
         )
 
 
-def _backbone(recipe: Recipe, model: ZImageVelocity, names: list[str]) -> SharedBackbone:
+def _backbone(recipe: Recipe, folder: Path, load: Load, names: list[str]) -> SharedBackbone:
     student, settings = recipe.student, recipe.training
-    backbone = SharedBackbone(model, names, student.rank, student.target_modules, settings.seed)
+    int8 = student.backbone_dtype == "int8"
+    dtype = torch.bfloat16 if int8 else getattr(torch, student.backbone_dtype)
+
+    def original() -> nn.Module:
+        transformer: nn.Module = load_velocity(folder, "transformer", dtype).transformer
+        return transformer
+
+    backbone = SharedBackbone(
+        load(folder, "transformer", dtype),
+        names,
+        student.rank,
+        student.target_modules,
+        settings.seed,
+        original,
+        int8,
+    )
     if settings.checkpoint_activations:
         backbone.checkpoint_activations()
     return backbone

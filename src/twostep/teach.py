@@ -7,11 +7,12 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from twostep.cache_plan import Plan
 from twostep.config import Recipe
 from twostep.devices import pick_device
 from twostep.processes import local_device, rank_and_world, wait_for
 from twostep.sampler import Sampler
-from twostep.teacher_cache import Plan, TeacherCache, build, check_shard, finish
+from twostep.teacher_cache import TeacherCache, build, check_shard, finish
 
 
 def teach(recipe: Recipe, repair: bool = False) -> TeacherCache:
@@ -34,10 +35,7 @@ def teach(recipe: Recipe, repair: bool = False) -> TeacherCache:
         TextColumn("{task.fields[rate]}"),
     )  # fmt: skip
     started, done = time.monotonic(), 0
-    mine = sum(
-        len(plan.shard_prompts(s)) * plan.samples_per_prompt
-        for s in range(rank, plan.shard_count, world)
-    )
+    mine = sum(shard.count for shard in plan.shards[rank::world])
     with Progress(*columns, console=console, disable=rank > 0) as bars:
         bar = bars.add_task("", total=mine, rate="")
 
@@ -57,5 +55,5 @@ def teach(recipe: Recipe, repair: bool = False) -> TeacherCache:
 
 
 def _wait_for_others(plan: Plan) -> None:
-    shards = range(plan.shard_count)
+    shards = range(len(plan.shards))
     wait_for(lambda: all(check_shard(plan, s) is None for s in shards), "the other processes")

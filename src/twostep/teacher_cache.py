@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,93 +25,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twostep.backbones.model import read_shift, resolve
 from twostep.backbones.zimage import PromptBatch
-from twostep.config import Recipe
+from twostep.cache_plan import VERSION, Plan, Shard
 from twostep.errors import UserError
-from twostep.files import folder_fingerprint, write_atomically
-from twostep.flow import sigma_schedule
-from twostep.prompts import load_prompts
+from twostep.files import write_atomically
 from twostep.rollout import euler, guided, seeded_noise
 from twostep.sampler import Sampler, bind
 
-VERSION = 1
 _BATCH = 64
 
 
 class CacheError(UserError, RuntimeError):
     """A cache that cannot be used; the message names the file and what to do."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a cache must hold: derived from the recipe alone, before any network is loaded."""
-
-    folder: Path
-    teacher: Path
-    shift: float
-    steps: int
-    guidance_scale: float
-    step2_sigma: float
-    prompts: list[str]
-    samples_per_prompt: int
-    height: int
-    width: int
-    seed: int
-    prompts_per_shard: int
-
-    @staticmethod
-    def of(recipe: Recipe) -> Plan:
-        """Raises ModelError, PromptError or RecipeError for what the recipe names wrongly."""
-        folder = resolve(recipe.teacher.model)
-        shift = recipe.shift or read_shift(folder)
-        data = recipe.data
-        return Plan(
-            folder=data.cache,
-            teacher=folder,
-            shift=shift,
-            steps=recipe.teacher.steps,
-            guidance_scale=recipe.teacher.guidance_scale,
-            step2_sigma=recipe.step2_sigma or sigma_schedule(2, shift)[1],
-            prompts=load_prompts(data.prompts, data.prompt_count, data.seed),
-            samples_per_prompt=data.samples_per_prompt,
-            height=data.height,
-            width=data.width,
-            seed=data.seed,
-            prompts_per_shard=max(1, data.shard_size // data.samples_per_prompt),
-        )
-
-    @property
-    def sigmas(self) -> list[float]:
-        return sigma_schedule(self.steps, self.shift)
-
-    @property
-    def shard_count(self) -> int:
-        return -(-len(self.prompts) // self.prompts_per_shard)
-
-    @property
-    def sample_count(self) -> int:
-        return len(self.prompts) * self.samples_per_prompt
-
-    def shard_prompts(self, shard: int) -> list[str]:
-        start = shard * self.prompts_per_shard
-        return self.prompts[start : start + self.prompts_per_shard]
-
-    def noise_seed(self, sample: int) -> int:
-        """Seed of a sample's initial noise."""
-        state = np.random.SeedSequence((self.seed, 1, sample)).generate_state(1, np.uint64)
-        return int(state[0] >> np.uint64(1))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes with the teacher's weights, the schedule, the prompts or the seeds."""
-        digest = hashlib.sha256()
-        settings = [VERSION, self.sigmas, self.guidance_scale, self.step2_sigma, self.prompts]
-        settings += [self.samples_per_prompt, self.height, self.width, self.seed]
-        settings += [self.prompts_per_shard]
-        digest.update(json.dumps(settings).encode())
-        digest.update(folder_fingerprint(self.teacher).encode())
-        return digest.hexdigest()
 
 
 def _checksum(path: Path) -> str:
@@ -168,11 +93,11 @@ def build(
         CacheError: for a bad shard without `repair`.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(rank, plan.shard_count, world):
-        fault = check_shard(plan, shard)
+    for shard in plan.shards[rank::world]:
+        fault = check_shard(plan, shard.index)
         if fault is None:
             if on_samples:
-                on_samples(len(plan.shard_prompts(shard)) * plan.samples_per_prompt)
+                on_samples(shard.count)
             continue
         if fault != "missing" and not repair:
             raise CacheError(f"{fault}. Run again with --repair to rebuild it.")
@@ -186,7 +111,7 @@ def finish(plan: Plan, sampler: Sampler) -> None:
         CacheError: if a shard is missing.
     """
     shards = []
-    for shard in range(plan.shard_count):
+    for shard in range(len(plan.shards)):
         weights, sidecar = _names(plan.folder, shard)
         if not sidecar.exists():
             raise CacheError(f"{weights} was not built")
@@ -203,23 +128,20 @@ def finish(plan: Plan, sampler: Sampler) -> None:
         "step2_sigma": plan.step2_sigma,
         "samples": plan.sample_count,
         "samples_per_prompt": plan.samples_per_prompt,
-        "height": plan.height,
-        "width": plan.width,
+        "sizes": plan.sizes,
         "shards": shards,
     }
     _write_json(plan.folder / "manifest.json", manifest)
 
 
 def _build_shard(
-    plan: Plan, sampler: Sampler, shard: int, on_samples: Callable[[int], None] | None
+    plan: Plan, sampler: Sampler, shard: Shard, on_samples: Callable[[int], None] | None
 ) -> None:
-    prompts = plan.shard_prompts(shard)
-    first = shard * plan.prompts_per_shard * plan.samples_per_prompt
-    count = len(prompts) * plan.samples_per_prompt
-    seeds = [plan.noise_seed(first + i) for i in range(count)]
-    embeds = [e.cpu() for e in sampler.encoder.encode(prompts)]
+    count = shard.count
+    seeds = [plan.noise_seed(shard.first + i) for i in range(count)]
+    embeds = [e.cpu() for e in sampler.encoder.encode(shard.prompts)]
     owners = [i // plan.samples_per_prompt for i in range(count)]
-    shape = sampler.noise_shape(plan.height, plan.width)
+    shape = sampler.noise_shape(*shard.size)
     on_grid = _index_on_grid(plan)
     latents: list[Tensor] = []
     middles: list[Tensor] = []
@@ -251,16 +173,16 @@ def _build_shard(
     }
     if middles:
         tensors["trajectory"] = torch.cat(middles)
-    weights, sidecar = _names(plan.folder, shard)
+    weights, sidecar = _names(plan.folder, shard.index)
     write_atomically(weights, lambda path: save_file(tensors, path))
     record = {
         "file": weights.name,
         "sha256": _checksum(weights),
         "bytes": weights.stat().st_size,
         "fingerprint": plan.fingerprint,
-        "first": first,
+        "first": shard.first,
         "count": count,
-        "prompts": prompts,
+        "prompts": shard.prompts,
     }
     _write_json(sidecar, record)
 
@@ -318,7 +240,7 @@ class TeacherCache:
                 f"{plan.folder} was made with another teacher, schedule or prompt set: "
                 "run `twostep teach --repair`, or name another data.cache"
             )
-        for shard in range(plan.shard_count):
+        for shard in range(len(plan.shards)):
             fault = check_shard(plan, shard)
             if fault is not None:
                 missing = f"{_names(plan.folder, shard)[0]} is missing"
@@ -327,6 +249,7 @@ class TeacherCache:
                     "Run `twostep teach --repair` to rebuild it."
                 )
         self.plan = plan
+        self._firsts = [shard.first for shard in plan.shards]
         self._files: dict[int, Any] = {}
         with safe_open(plan.folder / "empty.safetensors", "pt") as file:
             self.empty_embeds: Tensor = file.get_tensor("embeds")
@@ -334,22 +257,13 @@ class TeacherCache:
     def __len__(self) -> int:
         return self.plan.sample_count
 
-    def batch_ids(self, turn: int, batch_size: int, seed: int) -> list[int]:
-        """Sample ids of a turn: a new order each epoch, a function of (seed, epoch) alone."""
-        ids = []
-        for position in range(turn * batch_size, (turn + 1) * batch_size):
-            epoch, place = divmod(position, len(self))
-            ids.append(int(self._order(seed, epoch)[place]))
-        return ids
-
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
-        if getattr(self, "_order_key", None) != (seed, epoch):
-            self._order_key = (seed, epoch)
-            self._permutation = np.random.default_rng((seed, 2, epoch)).permutation(len(self))
-        return self._permutation
+    def caption_lengths(self) -> np.ndarray:
+        """Tokens of each sample's caption, (samples,)."""
+        parts = [np.diff(self._open(s.index).get_tensor("offsets")) for s in self.plan.shards]
+        return np.repeat(np.concatenate(parts), self.plan.samples_per_prompt)
 
     def read(self, ids: Sequence[int]) -> CachedSamples:
-        """The named samples, in the order given.
+        """The named samples, in the order given; all of one size.
 
         Raises:
             IndexError: for an id that is not in 0 .. len - 1.
@@ -358,9 +272,9 @@ class TeacherCache:
         for sample in ids:
             if not 0 <= sample < len(self):
                 raise IndexError(f"sample {sample} is not in 0..{len(self) - 1}")
-            per_shard = self.plan.prompts_per_shard * self.plan.samples_per_prompt
-            shard, row = divmod(sample, per_shard)
-            file = self._open(shard)
+            shard = self.plan.shards[bisect_right(self._firsts, sample) - 1]
+            row = sample - shard.first
+            file = self._open(shard.index)
             latents.append(file.get_slice("latents")[row : row + 1])
             if "trajectory" in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 middles.append(file.get_slice("trajectory")[row : row + 1])
@@ -368,7 +282,7 @@ class TeacherCache:
             owner = row // self.plan.samples_per_prompt
             start, end = file.get_slice("offsets")[owner : owner + 2].tolist()
             embeds.append(file.get_slice("embeds")[start:end])
-            prompts.append(self.plan.shard_prompts(shard)[owner])
+            prompts.append(shard.prompts[owner])
         stacked = torch.cat(latents)
         c, h, w = stacked.shape[1:]
         return CachedSamples(

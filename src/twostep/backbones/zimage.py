@@ -74,6 +74,13 @@ class PromptBatch:
         one_bucket = all(b.one_bucket and b.embeds.shape[1] == longest for b in batches)
         return PromptBatch(torch.cat(embeds), torch.cat([b.lengths for b in batches]), one_bucket)
 
+    def replace(self, rows: Tensor, other: PromptBatch) -> PromptBatch:
+        """These prompts, but `other`'s in the rows where `rows`, (B,) bool, is true."""
+        both = PromptBatch.cat([self, other])
+        (ours, theirs), (own, their_own) = both.embeds.chunk(2), both.lengths.chunk(2)
+        embeds = torch.where(rows[:, None, None], theirs, ours)
+        return PromptBatch(embeds, torch.where(rows, their_own, own), both.one_bucket)
+
     def expand(self, count: int) -> PromptBatch:
         """A batch of one prompt repeated `count` times.
 

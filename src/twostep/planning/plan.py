@@ -7,13 +7,13 @@ memory. Bytes alive are counted as storages come and go, operations by torch's o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twostep.backbones.model import read_shift
@@ -31,6 +31,7 @@ from twostep.planning.shapes import (
 from twostep.roles import Roles, build_roles
 from twostep.rollout import TwoStep
 from twostep.training.draws import Draws
+from twostep.training.optimizers import state_numbers
 from twostep.training.turns import Batch, CriticTurn, ScoreTurn, StudentTurn, Turn
 from twostep.training.world import divide_batch
 
@@ -59,8 +60,9 @@ class Needs:
     """What a recipe needs; bytes on each process.
 
     Attributes:
-        activations: by turn: what comes alive at its peak beside what `roles` hold.
-        flops: by turn: operations of one turn over the whole batch, all processes together.
+        activations: by turn, on pictures of the largest size: what comes alive at its peak beside
+            what `roles` hold.
+        flops: by turn, on the largest size: operations over the whole batch, of all processes.
         peak: of the largest turn, `roles` and the device's own needs included.
         cache, checkpoint: on disk.
     """
@@ -174,6 +176,7 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     static = sum(role.total for role in held)
     trained = sum(r.parameters for r in held if r.gradients)
     averaged = sum(r.parameters for r in held if r.average)
+    states = sum(r.optimizer * (1 if r.name == "critic" else shards) for r in held)
     fitted = sum(p.numel() for p in roles.score.parameters())
     return Needs(
         roles=held,
@@ -181,7 +184,7 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
         flops={name: found.flops * (settings.batch_size // rows) for name, found in runs.items()},
         peak=static + max(activations.values()) + _RESERVED_BYTES,
         cache=cache_bytes(recipe, folder, prompt_tokens),
-        checkpoint=4 * (3 * trained + averaged + fitted),
+        checkpoint=4 * (trained + averaged + fitted) + states,
         micro_batch=rows,
     )
 
@@ -192,7 +195,9 @@ def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
     result = []
     for name, role in roles.by_name().items():
         trained = {id(p) for p in role.parameters()}
-        own = [p for p in role.model.parameters() if id(p) not in seen]
+        # Buffers: packed weights.
+        held = chain(role.model.parameters(), role.model.buffers())
+        own = [p for p in held if id(p) not in seen]
         if recipe.student.parameters == "lora" and trained:
             own = [p for p in own if id(p) in trained]
         elif recipe.student.parameters == "lora":
@@ -202,22 +207,30 @@ def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
             # Its gradients and optimizer states are gone before the student's are there.
             trained = set()
         averaged = name in ("first", "second")
-        result.append(_role_plan(name, own, trained, averaged, shards))
+        optimizer = recipe.training.optimizer
+        result.append(_role_plan(name, own, trained, averaged, shards, optimizer))
     critic = list(roles.critic.parameters())
-    result.append(_role_plan("critic", critic, {id(p) for p in critic}, False, 1))
+    learnt = {id(p) for p in critic}
+    result.append(_role_plan("critic", critic, learnt, False, 1, recipe.training.optimizer))
     return result
 
 
 def _role_plan(
-    name: str, own: list[nn.Parameter], trained: set[int], averaged: bool, shards: int
+    name: str,
+    own: Sequence[Tensor],
+    trained: set[int],
+    averaged: bool,
+    shards: int,
+    optimizer: str,
 ) -> RolePlan:
-    learnt = sum(p.numel() for p in own if id(p) in trained)
+    learning = [p for p in own if id(p) in trained]
+    learnt = sum(p.numel() for p in learning)
     return RolePlan(
         name,
         sum(p.numel() for p in own),
         sum(p.numel() * p.element_size() for p in own) // shards,
         4 * learnt // shards,
-        2 * 4 * learnt // shards,
+        4 * sum(state_numbers(p, optimizer) for p in learning) // shards,
         4 * learnt * averaged // shards,
     )
 

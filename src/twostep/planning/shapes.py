@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -44,12 +45,15 @@ def load_nothing(folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
 
 
 def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Fake tensors on the CPU for the module's parameters: unlike meta tensors they autocast.
+    """Fake tensors on the CPU for the module's weights: unlike meta tensors they autocast.
 
     Args:
-        dtype: of all of them; each keeps its own if None.
+        dtype: of all parameters; each keeps its own if None.
     """
     for owner in module.modules():
+        for name, packed in owner.named_buffers(recurse=False):
+            if not isinstance(packed, FakeTensor):
+                setattr(owner, name, torch.empty(packed.shape, dtype=packed.dtype, device=CPU))
         for name, parameter in owner.named_parameters(recurse=False):
             if not isinstance(parameter, FakeTensor):
                 fake = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=CPU)
@@ -63,11 +67,11 @@ def random_batch(
     prompt_tokens: int,
     device: torch.device = CPU,
 ) -> Batch:
-    """A batch of noise in the shapes that the recipe's turns have."""
-    channels, scale = latents_of(folder)
-    shape = (rows, *latent_shape(channels, scale, recipe.data.height, recipe.data.width))
-    width = int(read_architecture(folder)["cap_feat_dim"])
-    prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * rows, device)
+    """A batch of noise in the shape that the turns on the recipe's largest size have."""
+    height, width = max(recipe.data.sizes, key=math.prod)
+    shape = (rows, *latent_shape(*latents_of(folder), height, width))
+    features = int(read_architecture(folder)["cap_feat_dim"])
+    prompts = PromptBatch.collate([torch.randn(prompt_tokens, features)] * rows, device)
     latents = torch.randn(shape, device=device)
     return Batch(latents, latents, latents, latents, prompts, prompts, prompts)
 
@@ -75,8 +79,9 @@ def random_batch(
 def cache_bytes(recipe: Recipe, folder: Path, prompt_tokens: int) -> int:
     """Bytes of the teacher's cache on disk."""
     channels, scale = latents_of(folder)
-    numbers = channels * (recipe.data.height // scale) * (recipe.data.width // scale)
-    width = int(read_architecture(folder)["cap_feat_dim"])
+    sizes = recipe.data.sizes
+    latents = channels * sum(math.prod(size) for size in sizes) // scale**2 // len(sizes)
+    features = int(read_architecture(folder)["cap_feat_dim"])
     prompts = recipe.data.prompt_count
     # Latents at the end and, where the student's second level is the teacher's, on the way.
-    return 4 * prompts * (2 * numbers * recipe.data.samples_per_prompt + prompt_tokens * width)
+    return 4 * prompts * (2 * latents * recipe.data.samples_per_prompt + prompt_tokens * features)

@@ -7,10 +7,18 @@ from pathlib import Path
 import torch
 
 from twostep.backbones.zimage import PromptBatch
+from twostep.cache_plan import Plan
 from twostep.config import Recipe
 from twostep.reals import ExternalReals
-from twostep.teacher_cache import Plan, TeacherCache
+from twostep.teacher_cache import TeacherCache
+from twostep.training.order import Order
 from twostep.training.turns import Batch
+
+
+def order_of(cache: TeacherCache, window: int = 1) -> Order:
+    """The order in which a run reads `cache`."""
+    sizes = [cache.plan.samples_of(place) for place in range(len(cache.plan.sizes))]
+    return Order(sizes, cache.caption_lengths(), window)
 
 
 class Batches:
@@ -20,21 +28,23 @@ class Batches:
         self, recipe: Recipe, plan: Plan, cache: TeacherCache, device: torch.device
     ) -> None:
         self.size, self.cache, self.device = recipe.training.batch_size, cache, device
-        self.reals = None
+        self.order = order_of(cache, recipe.data.caption_window)
+        self.reals: dict[tuple[int, ...], ExternalReals] = {}
         if recipe.data.reals != "teacher":
-            size = (recipe.data.height, recipe.data.width)
-            self.reals = ExternalReals(Path(recipe.data.reals), plan.teacher, size)
+            for size in recipe.data.sizes:
+                external = ExternalReals(Path(recipe.data.reals), plan.teacher, size)
+                self.reals[external.latents.shape[1:]] = external
         self.empty = PromptBatch.collate([cache.empty_embeds], device)
 
     def read(self, number: int, seed: int, rows: slice | None = None) -> Batch:
         """The rows of one batch; all of them if None."""
         rows = rows or slice(0, self.size)
-        samples = self.cache.read(self.cache.batch_ids(number, self.size, seed)[rows])
+        samples = self.cache.read(self.order.batch(number, self.size, seed)[rows])
         latents = samples.latents.to(self.device)
         prompts = PromptBatch.collate(samples.embeds, self.device)
         reals, real_prompts = latents, prompts
-        if self.reals is not None:
-            drawn, embeds = self.reals.draw(number, self.size)
+        if self.reals:
+            drawn, embeds = self.reals[latents.shape[1:]].draw(number, self.size)
             reals = drawn[rows].to(self.device)
             if embeds is not None:
                 real_prompts = PromptBatch.collate(embeds[rows], self.device)

@@ -50,6 +50,11 @@ class Draws:
         drawn = sample_sigma(self._whole(count), shift, self.generator, *bounds)
         return self._own(drawn).to(self.device)
 
+    def chosen(self, count: int, share: float) -> Tensor:
+        """(count,) bool, each true with probability `share`."""
+        drawn = torch.rand(self._whole(count), generator=self.generator) < share
+        return self._own(drawn).to(self.device)
+
     def integers(self, count: int, end: int) -> list[int]:
         """`count` whole numbers in 0 .. end - 1."""
         drawn = torch.randint(end, (self._whole(count),), generator=self.generator)

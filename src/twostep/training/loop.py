@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.backbones.model import Decoder
+from twostep.cache_plan import Plan
 from twostep.config import Recipe, RecipeError
 from twostep.devices import pick_device, plain_attention
 from twostep.errors import UserError
@@ -27,11 +28,12 @@ from twostep.processes import local_device
 from twostep.provenance import git_commit, machine
 from twostep.roles import build_roles
 from twostep.rollout import TwoStep
-from twostep.teacher_cache import Plan, TeacherCache
+from twostep.teacher_cache import TeacherCache
 from twostep.training.batches import Batches
 from twostep.training.draws import Draws
 from twostep.training.ema import Ema
 from twostep.training.monitor import Monitor
+from twostep.training.optimizers import build_optimizers
 from twostep.training.progress import TurnProgress
 from twostep.training.sharding import Sharder, whole_transformer
 from twostep.training.state import Progress, TrainingState, list_checkpoints
@@ -94,31 +96,13 @@ class Trainer:
             )
         self.state = TrainingState(
             self.roles.trained_modules(),
-            self._optimizers(),
+            build_optimizers(recipe, self.roles),
             Ema(self.roles.student_parameters(), settings.ema_decay),
             Progress(),
         )
         checkpoints = list_checkpoints(self.folder / "checkpoints")
         if checkpoints:
             self.state.load(checkpoints[-1])
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        recipe = self.recipe
-
-        def adamw(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(
-                parameters, lr=rate, betas=recipe.training.betas,
-                weight_decay=recipe.training.weight_decay,
-            )  # fmt: skip
-
-        optimizers = {
-            "student": adamw(self.roles.student_parameters(), recipe.training.learning_rate),
-            "fake": adamw(self.roles.fake_parameters(), recipe.fake.learning_rate),
-            "critic": adamw(list(self.roles.critic.parameters()), recipe.critic.learning_rate),
-        }
-        if recipe.score.fit_turns:
-            optimizers["score"] = adamw(self.roles.score.parameters(), recipe.score.learning_rate)
-        return optimizers
 
     @property
     def progress(self) -> Progress:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from twostep.errors import UserError
 from twostep.training.ema import Ema
+from twostep.training.optimizers import make_states
 from twostep.training.tensors import load_tensors, save_tensors, stored_names
 from twostep.training.world import World
 
@@ -105,7 +106,7 @@ class TrainingState:
             record = json.loads((checkpoint / "state.json").read_text())
             names = stored_names(checkpoint)
             for name, optimizer in self.optimizers.items():
-                _make_states(optimizer, f"optimizer/{name}/", names)
+                make_states(optimizer, f"optimizer/{name}/", names)
                 for group, saved in zip(
                     optimizer.param_groups, record["optimizer_groups"][name], strict=True
                 ):
@@ -118,18 +119,6 @@ class TrainingState:
             self.progress.__dict__.update(record["progress"])
         except Exception as error:
             raise CheckpointError(f"{checkpoint} cannot be resumed: {error}") from error
-
-
-def _make_states(optimizer: torch.optim.Optimizer, prefix: str, names: set[str]) -> None:
-    """Gives an AdamW that has not stepped yet the states that `names` has for it, to be filled."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        if f"{prefix}{index}/step" in names:
-            optimizer.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
 
 
 def _sync(path: Path) -> None:

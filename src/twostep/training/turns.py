@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -205,6 +205,10 @@ class ScoreTurn:
         self.recipe, self.roles, self.shift = recipe, roles, shift
 
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
+        dropout = self.recipe.score.caption_dropout
+        if dropout:
+            dropped = draws.chosen(len(batch.prompts), dropout)
+            batch = replace(batch, prompts=batch.prompts.replace(dropped, batch.empty))
         loss = _follow(self.roles.score, batch.latents, batch, draws, self.recipe, self.shift)
         return Turn(loss, {"score/flow_matching": loss.detach()})
 

@@ -17,6 +17,7 @@ from twostep.roles import Roles, bind_role
 from twostep.rollout import Rollout, TwoStep, euler, guided, seeded_noise, two_step
 from twostep.sampler import transition_noise
 from twostep.teacher_cache import TeacherCache
+from twostep.training.batches import order_of
 from twostep.training.world import World
 
 # Nearly clean: the features must see the picture, yet stay where the teacher was trained.
@@ -33,7 +34,9 @@ class Validation:
 
 
 class Validator:
-    """Fixed prompts and noise that training never uses; two seeds a prompt.
+    """Fixed prompts, of the recipe's first size, and noise that training never uses.
+
+    Two seeds a prompt.
 
     Several processes share the images and then all know all of them.
     """
@@ -50,9 +53,10 @@ class Validator:
     ) -> None:
         self.recipe, self.roles, self.schedule, self.device = recipe, roles, schedule, device
         self.world = world
-        count = min(recipe.training.validation_samples, 2 * len(cache)) // 2 * 2
-        ids = cache.batch_ids(0, count // 2, seed=recipe.training.seed + 1)
-        samples = cache.read(ids)
+        available = 2 * len(cache.plan.samples_of(0))
+        count = min(recipe.training.validation_samples, available) // 2 * 2
+        order, seed = order_of(cache), recipe.training.seed + 1
+        samples = cache.read(order.of_size(0, 0, count // 2, seed))
         self.prompts = samples.prompts * 2
         self.embeds = samples.embeds * 2
         self.groups = torch.arange(count // 2).repeat(2)
@@ -68,7 +72,7 @@ class Validator:
         # Distances are to teacher images of other prompts and noise, where the cache has them:
         # a student is to match a distribution, and the estimator takes pairs that share either
         # for more than equality.
-        others = cache.read(cache.batch_ids(0, 3 * count // 2, recipe.training.seed + 1)[-count:])
+        others = cache.read(order.of_size(0, 0, 3 * count // 2, seed)[-count:])
         self.reference = self._features(others.latents, others.embeds)
         teacher_features = self._features(self.teacher_latents, self.embeds)
         self.teacher_diversity = pairwise_diversity(teacher_features, self.groups)
