@@ -112,6 +112,33 @@ def forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[s
     }
 
 
+def shared_forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[str, float]:
+    """Seconds of two forwards without gradient, and of one with both inputs in one batch.
+
+    Where two roles see the same input on one set of weights, as score and fake do with LoRA, one
+    forward could serve both: this is the most that it would save.
+    """
+    field, device = roles.teacher, batch.noise.device
+    sigma = torch.full((len(batch.noise),), 0.75, device=device)
+    twice = (
+        torch.cat([batch.noise] * 2), sigma.repeat(2), PromptBatch.cat([batch.prompts] * 2)
+    )  # fmt: skip
+
+    def run(*calls: tuple[Tensor, Tensor, PromptBatch]) -> Callable[[], None]:
+        def go() -> None:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, autocast):
+                for call in calls:
+                    field(*call)
+
+        return go
+
+    once = (batch.noise, sigma, batch.prompts)
+    return {
+        "two": median_seconds(run(once, once), repeats, device),
+        "one_of_both": median_seconds(run(twice), repeats, device),
+    }
+
+
 def main(
     recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE")],
     overrides: Annotated[list[str] | None, typer.Argument()] = None,
@@ -183,6 +210,7 @@ def main(
         "matrix_operations_per_second": rate,
         "turns": turns,
         "forward_and_backward_seconds": forwards(roles, batch, repeats, settings.autocast),
+        "shared_forward_seconds": shared_forwards(roles, batch, repeats, settings.autocast),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)

@@ -34,7 +34,7 @@ LAYERS = [
     ["teacher_cache"],
     ["teach", "compare"],
     ["training", "evaluation"],
-    ["demo", "exports", "planning"],
+    ["demo", "exports", "planning", "ray_launch"],
     ["cli"],
     ["__main__"],
 ]

@@ -70,38 +70,41 @@ def assert_same_run(one: Recipe, other: Recipe, tiny_folder: Path) -> None:
     torch.testing.assert_close(*(torch.tensor(values) for values in losses), rtol=1e-3, atol=1e-5)
 
 
+SIZES = {"other_sizes": [[32, 64]], "caption_window": 2}
 LORA: dict[str, Any] = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
 
 
 @pytest.mark.parametrize(
-    ("student", "distributed", "micro_batch"),
+    ("processes", "student", "distributed", "own", "both"),
     [
-        ({"parameters": "decoupled"}, {}, None),
-        ({"parameters": "decoupled"}, {"sharding": "shard"}, 1),
-        ({"parameters": "shared"}, {"sharding": "shard"}, None),
-        (LORA, {}, 1),
+        (2, {"parameters": "decoupled"}, {}, {}, {"data": SIZES}),
+        (2, {"parameters": "decoupled"}, {"sharding": "shard"}, {"micro_batch": 1}, {}),
+        (2, {"parameters": "shared"}, {"sharding": "shard", "cpu_offload": True}, {}, {}),
+        (4, {"parameters": "decoupled"}, {"sharding": "shard", "shard_size": 2}, {}, {}),
+        (2, LORA, {}, {"micro_batch": 1, "async_saves": True}, {}),
+        (2, LORA, {}, {}, {"training": {"optimizer": "adafactor"}}),
     ],
-    ids=["replicate", "shard-accumulate", "shard-shared", "lora-accumulate"],
-)
-def test_two_processes_equal_one(
+    ids=["replicate-sizes", "shard-accumulate", "shard-shared-offload", "hsdp",
+         "lora-accumulate-async", "lora-adafactor"],
+)  # fmt: skip
+def test_several_processes_equal_one(
     make_recipe: Make,
     tmp_path: Path,
     tiny_folder: Path,
+    processes: int,
     student: dict[str, Any],
     distributed: dict[str, Any],
-    micro_batch: int | None,
+    own: dict[str, Any],
+    both: dict[str, Any],
 ) -> None:
-    alone = make_recipe("alone", student=student, score={"fit_turns": 2})
+    """`own` are settings of the several alone, `both` sections that both runs have."""
+    common = {"student": student, "score": {"fit_turns": 2}, **both}
+    alone = make_recipe("alone", **common)
     teach(alone)
     Trainer(alone).train()
-    together = make_recipe(
-        "together",
-        student=student,
-        score={"fit_turns": 2},
-        distributed=distributed,
-        training={"micro_batch": micro_batch},
-    )
-    distill(together, 2, tmp_path)
+    own = {**both.get("training", {}), **own}
+    together = make_recipe("together", **(common | {"training": own}), distributed=distributed)
+    distill(together, processes, tmp_path)
     assert_same_run(alone, together, tiny_folder)
     for part in ("transformer", "transformer_2"):
         name = f"student/{part}/diffusion_pytorch_model.safetensors"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from twostep.backbones.zimage import Prediction, PromptBatch
 from twostep.config import Recipe, RecipeError
 from twostep.flow import add_noise, velocity_target
 from twostep.teach import teach
@@ -15,6 +18,7 @@ from twostep.training.draws import Draws
 from twostep.training.loop import Trainer
 from twostep.training.monitor import read_metrics
 from twostep.training.state import list_checkpoints
+from twostep.training.turns import ScoreTurn
 
 Make = Callable[..., Recipe]
 LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
@@ -62,6 +66,32 @@ def test_the_loss_is_flow_matching_on_the_teachers_images(make_recipe: Make) -> 
     # The fit begins at the teacher's weights.
     expected = (velocity.velocity - velocity_target(batch.latents, noise)).square().mean()
     torch.testing.assert_close(found, expected)
+
+
+def test_dropped_captions_are_the_empty_one(make_recipe: Make) -> None:
+    trainer = trainer_of(make_recipe(score={"fit_turns": 2, "caption_dropout": 0.5}))
+    batch = trainer.batches.read(0, 0)
+    seen: list[PromptBatch] = []
+    score = trainer.roles.score
+
+    def watch(latents: Tensor, sigma: Tensor, prompts: PromptBatch) -> Prediction:
+        seen.append(prompts)
+        return score(latents, sigma, prompts)
+
+    recipe, roles = trainer.recipe, replace(trainer.roles, score=watch)  # type: ignore[arg-type]
+    drawn = 0
+    for number in range(8):
+        turn = ScoreTurn(recipe, roles, trainer.shift)
+        turn(batch, Draws(0, number, "score", trainer.device))
+        prompts = seen[-1]
+        for row in range(len(prompts)):
+            own, empty = batch.prompts.embeds[row], batch.empty.embeds[row]
+            dropped = torch.equal(prompts.embeds[row], empty)
+            assert dropped or torch.equal(prompts.embeds[row], own)
+            lengths = (batch.empty if dropped else batch.prompts).lengths
+            assert prompts.lengths[row] == lengths[row]
+            drawn += dropped
+    assert 6 <= drawn <= 26  # of 32
 
 
 @pytest.mark.parametrize("stop_in", ["fit", "turns"])
@@ -114,3 +144,10 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         make_recipe(**sections)
+
+
+def test_guidance_with_a_fitted_score_wants_captions_dropped(make_recipe: Make) -> None:
+    score = {"fit_turns": 2, "guidance_scale": 0.5, "caption_dropout": 0.1}
+    trainer = trainer_of(make_recipe(score=score, training={"turns": 3}))
+    trainer.train()
+    assert trainer.progress.skipped == 0

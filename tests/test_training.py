@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from twostep.roles import build_roles
 from twostep.rollout import Rollout
 from twostep.sampler import Sampler
 from twostep.teach import teach
+from twostep.training import tensors
 from twostep.training.draws import Draws
 from twostep.training.ema import Ema
 from twostep.training.loop import Interrupted, Trainer, TrainingStopped
@@ -373,16 +375,26 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(list_checkpoints(folder / "checkpoints")[-1] / "state.safetensors")
 
 
-@pytest.mark.parametrize("variant", ["decoupled", "shared"])
+@pytest.mark.parametrize(
+    ("variant", "settings", "data"),
+    [
+        ("decoupled", {}, {}),
+        ("shared", {"optimizer": "adafactor"}, {}),
+        ("decoupled", {"async_saves": True}, {"other_sizes": [[32, 64]]}),
+    ],
+    ids=["decoupled", "shared-adafactor", "async-sizes"],
+)
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    make_recipe: Make, variant: str
+    make_recipe: Make, variant: str, settings: dict[str, Any], data: dict[str, Any]
 ) -> None:
-    student = {"parameters": variant, "transition": "renoise"}
-    whole = make_recipe("whole", student=student, training={"learning_rate_decay": 0.0})
+    def recipe(name: str, **changes: Any) -> Recipe:
+        student = {"parameters": variant, "transition": "renoise"}
+        training = {"learning_rate_decay": 0.0, **settings, **changes}
+        return make_recipe(name, student=student, training=training, data=data)
+
+    whole, rest = recipe("whole"), recipe("parts")
     trainer_of(whole).train()
-    parts = make_recipe("parts", student=student, training={"learning_rate_decay": 0.0, "turns": 4})
-    trainer_of(parts).train()
-    rest = make_recipe("parts", student=student, training={"learning_rate_decay": 0.0})
+    trainer_of(recipe("parts", turns=4)).train()
     resumed = Trainer(rest)
     assert resumed.progress.turn == 4
     resumed.train()
@@ -414,6 +426,49 @@ def test_half_written_checkpoint_is_not_seen(make_recipe: Make) -> None:
     trainer_of(recipe).train()
     (recipe.run_folder / "checkpoints" / ".turn-0000099.tmp").mkdir()
     assert Trainer(recipe).progress.turn == 6
+
+
+def test_a_checkpoint_written_meanwhile_is_of_the_turn_that_asked_for_it(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(make_recipe())
+    state, folder = trainer.state, trainer.folder / "checkpoints"
+    trainer._one_turn()
+    asked = {key: value.clone() for key, value in state._tensors().items()}
+    let_go, save_file = threading.Event(), tensors.save_file
+
+    def slowly(*arguments: Any) -> None:
+        assert let_go.wait(60)
+        save_file(*arguments)
+
+    monkeypatch.setattr(tensors, "save_file", slowly)
+    state.save(folder, 2, trainer.world, background=True)
+    trainer._one_turn()
+    state.settle(trainer.world)
+    assert list_checkpoints(folder) == []
+    let_go.set()
+    state.settle(trainer.world, wait=True)
+    saved = weights(trainer.folder)
+    assert saved.keys() == asked.keys()
+    assert all(torch.equal(saved[key], value) for key, value in asked.items())
+    moved = state._tensors()
+    assert not all(torch.equal(saved[key], value) for key, value in moved.items())
+
+
+def test_a_write_that_failed_meanwhile_is_told(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(make_recipe())
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tensors, "save_file", fail)
+    folder = trainer.folder / "checkpoints"
+    trainer.state.save(folder, 2, trainer.world, background=True)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.state.settle(trainer.world, wait=True)
+    assert list_checkpoints(folder) == []
 
 
 def test_non_finite_turns_are_skipped_counted_and_end_the_run(make_recipe: Make) -> None:

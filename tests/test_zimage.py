@@ -13,6 +13,7 @@ from conftest import TEXT_WIDTH, random_transformer
 from twostep.backbones import zimage
 from twostep.backbones.model import Decoder, ModelError, PromptEncoder, latent_shape, resolve
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
+from twostep.live_bytes import live_bytes
 from twostep.rollout import seeded_noise
 from twostep.sampler import Sampler
 
@@ -81,16 +82,33 @@ def test_hidden_states_are_the_image_tokens_of_the_layers_asked_for() -> None:
 
 def test_gradients_are_the_same_with_activation_checkpointing() -> None:
     latents, sigma, embeds = inputs([7, 40], 8, 8)
-    gradients = []
-    for checkpointing in (False, True):
+    gradients, held = [], []
+    for share in (None, 0.5, 1.0):
         field = ZImageVelocity(random_transformer())
-        if checkpointing:
-            field.enable_gradient_checkpointing()
-        field(latents, sigma, PromptBatch.collate(embeds)).velocity.square().mean().backward()
+        if share is not None:
+            field.enable_gradient_checkpointing(share)
+        with live_bytes() as live:
+            loss = field(latents, sigma, PromptBatch.collate(embeds)).velocity.square().mean()
+        held.append(live.now)
+        loss.backward()
         gradients.append([p.grad for p in field.parameters() if p.grad is not None])
     assert len(gradients[0]) > 40
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+    for found in gradients[1:]:
+        for a, b in zip(gradients[0], found, strict=True):
+            torch.testing.assert_close(a, b)
+    assert field.kept == frozenset()
+    # Two of three layers are kept at a half: int(1 * .5) == int(0), int(3 * .5) == int(2 * .5).
+    assert held[0] > 1.15 * held[1] > 1.3 * held[2]
+
+
+def test_replaced_prompts_are_the_others_rows() -> None:
+    _, _, embeds = inputs([7, 40, 3], 8, 8)
+    batch, other = PromptBatch.collate(embeds), PromptBatch.collate(embeds[2:]).expand(3)
+    found = batch.replace(torch.tensor([True, False, False]), other)
+    expected = PromptBatch.collate([embeds[2], embeds[1], embeds[2]])
+    assert torch.equal(found.embeds, expected.embeds)
+    assert found.lengths.tolist() == [3, 40, 3]
+    assert not found.one_bucket
 
 
 @torch.no_grad()

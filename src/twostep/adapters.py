@@ -85,8 +85,8 @@ class SharedBackbone(AdapterSwitch):
             parts[f"{key}.lora_B"] = layer.lora_B[name]
         return parts
 
-    def checkpoint_activations(self) -> None:
-        """Recomputes block by block in the backward pass, each under its own role."""
+    def checkpoint_activations(self, share: float = 1.0) -> None:
+        """Recomputes a share of the blocks in the backward pass, each under its own role."""
 
         def run(layer: nn.Module, *inputs: Any) -> Any:
             name = self.active
@@ -97,7 +97,7 @@ class SharedBackbone(AdapterSwitch):
 
             return checkpoint(under_its_role, *inputs, use_reentrant=False)
 
-        self.model.transformer.enable_gradient_checkpointing(run)
+        self.model.enable_gradient_checkpointing(share, run)
 
     @torch.no_grad()
     def merged(self, name: str) -> nn.Module:

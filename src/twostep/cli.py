@@ -56,6 +56,9 @@ def distill(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe")] = False,
+    ray: Annotated[
+        int | None, typer.Option(min=1, help="run on this many workers of a Ray cluster")
+    ] = None,
 ) -> None:
     """Distil the teacher into two steps. Run it again to resume; builds the cache if need be.
 
@@ -67,12 +70,17 @@ def distill(
     if dry_run:
         print(resolved.to_yaml(), end="")
         return
-    from twostep.teach import teach as cache
-    from twostep.training.loop import Trainer
-
     _quiet()
-    cache(resolved)
-    folder = Trainer(resolved).train()
+    if ray is not None:
+        from twostep.ray_launch import distill_on_ray
+
+        folder = distill_on_ray(resolved, ray)
+    else:
+        from twostep.teach import teach as cache
+        from twostep.training.loop import Trainer
+
+        cache(resolved)
+        folder = Trainer(resolved).train()
     _out.print(f"student: {folder}", highlight=False)
 
 

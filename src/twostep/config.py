@@ -240,6 +240,9 @@ class Training(_Section):
     checkpoint_activations: bool = Field(
         False, description="recompute blocks in the backward pass: less memory, a third more time"
     )
+    checkpoint_share: Fraction = Field(
+        1.0, description="with checkpoint_activations: of the blocks, evenly spread"
+    )
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Count = 10
@@ -249,6 +252,9 @@ class Training(_Section):
     validation_samples: Count = 128
     save_every: Count = 200
     keep_checkpoints: Count = 2
+    async_saves: bool = Field(
+        False, description="train on while a checkpoint is written; takes memory for a copy of it"
+    )
     max_non_finite: Count = Field(10, description="stop after this many skipped turns in a row")
     tensorboard: bool = False
 

@@ -102,7 +102,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-        product: Tensor = _Product.apply(x, self.packed, self.scale)  # type: ignore[no-untyped-call]
+        product: Tensor = _Product.apply(x, self.packed, self.scale)
         return product if self.bias is None else product + self.bias
 
 

@@ -174,13 +174,13 @@ def build_roles(recipe: Recipe, device: torch.device, load: Load | None = None) 
         frozen = load(folder, "transformer", frozen_dtype)
         if recipe.training.checkpoint_activations:
             # Frozen, but the critic's gradient goes through it.
-            frozen.enable_gradient_checkpointing()
+            frozen.enable_gradient_checkpointing(recipe.training.checkpoint_share)
         teacher = FullRole(frozen, False, compiled)
         trained = {}
         for name, (start, part) in starts.items():
             own = load(start, part, torch.float32)
             if recipe.training.checkpoint_activations:
-                own.enable_gradient_checkpointing()
+                own.enable_gradient_checkpointing(recipe.training.checkpoint_share)
             trained[name] = FullRole(own, True, compiled)
     fakes = tuple(role for name, role in trained.items() if name.startswith("fake"))
     score = trained.get("score", teacher)
@@ -259,7 +259,7 @@ def _backbone(recipe: Recipe, folder: Path, load: Load, names: list[str]) -> Sha
         int8,
     )
     if settings.checkpoint_activations:
-        backbone.checkpoint_activations()
+        backbone.checkpoint_activations(settings.checkpoint_share)
     return backbone
 
 

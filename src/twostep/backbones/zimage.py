@@ -10,7 +10,7 @@ padded to a multiple of 32, N image tokens = H/2 * W/2 padded to a multiple of 3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,7 @@ class ZImageVelocity(nn.Module):
                 f"got {transformer.config.all_patch_size}"
             )
         self.transformer = transformer
+        self.kept: frozenset[int] = frozenset()
         # diffusers fills these tables in its first forward, which breaks a compiled graph.
         rope = transformer.rope_embedder
         self.rope_tables: list[Tensor] = rope.precompute_freqs_cis(
@@ -143,8 +144,19 @@ class ZImageVelocity(nn.Module):
         """Size of a hidden state."""
         return int(self.transformer.dim)
 
-    def enable_gradient_checkpointing(self) -> None:
-        self.transformer.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(
+        self, share: float = 1.0, run: Callable[..., Any] | None = None
+    ) -> None:
+        """Recomputes layers in the backward pass.
+
+        Args:
+            share: of the main layers, evenly spread; the refiners' are all recomputed.
+            run: what calls a layer so; torch's checkpoint if None.
+        """
+        self.kept = frozenset(
+            i for i in range(self.depth) if int((i + 1) * share) == int(i * share)
+        )
+        self.transformer.enable_gradient_checkpointing(run)
 
     def forward(
         self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
@@ -187,7 +199,7 @@ class ZImageVelocity(nn.Module):
             mask = torch.cat([inside.new_ones(image.shape[:2]), inside], dim=1)
         tapped = []
         for index, layer in enumerate(model.layers):
-            hidden = self._run(layer, hidden, mask, rope, time)
+            hidden = self._run(layer, hidden, mask, rope, time, keep=index in self.kept)
             if index in taps:
                 tapped.append(hidden[:, :tokens])
         output = model.all_final_layer[_PATCH_KEY](hidden[:, :tokens], c=time)
@@ -195,8 +207,8 @@ class ZImageVelocity(nn.Module):
         velocity = -_unpatchify(output, rows, columns).float()
         return Prediction(velocity, tuple(tapped))
 
-    def _run(self, layer: nn.Module, *inputs: Any) -> Tensor:
-        if self.transformer.gradient_checkpointing and torch.is_grad_enabled():
+    def _run(self, layer: nn.Module, *inputs: Any, keep: bool = False) -> Tensor:
+        if self.transformer.gradient_checkpointing and torch.is_grad_enabled() and not keep:
             return self.transformer._gradient_checkpointing_func(layer, *inputs)
         return layer(*inputs)
 

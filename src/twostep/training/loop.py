@@ -46,7 +46,7 @@ from twostep.training.world import World, whole
 _MAY_CHANGE = {
     "turns", "minutes", "log_every", "sample_every", "sample_prompts", "validate_every",
     "save_every", "keep_checkpoints", "tensorboard", "max_non_finite", "compile", "device",
-    "checkpoint_activations", "micro_batch",
+    "checkpoint_activations", "checkpoint_share", "micro_batch", "async_saves",
 }  # fmt: skip
 
 
@@ -153,6 +153,7 @@ class Trainer:
                 progress.seconds, signalled = self.world.largest(
                     [progress.seconds + time.monotonic() - started, len(caught)]
                 )
+                self.state.settle(self.world)
                 turn, last = self._number, self._share_done() >= 1
                 if (turn % settings.validate_every == 0 and not fitting) or last:
                     started = time.monotonic()
@@ -168,7 +169,8 @@ class Trainer:
                     bar.show(turn, progress.seconds, values)
                 if turn % settings.save_every == 0 or last or signalled:
                     folder = self.folder / "checkpoints"
-                    self.state.save(folder, settings.keep_checkpoints, self.world)
+                    beside = settings.async_saves and not (last or signalled)
+                    self.state.save(folder, settings.keep_checkpoints, self.world, beside)
                 if signalled:
                     raise Interrupted(
                         f"stopped by {caught[0] if caught else 'another process'} at turn {turn}; "

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,12 @@ from torch import Tensor, nn
 from twostep.errors import UserError
 from twostep.training.ema import Ema
 from twostep.training.optimizers import make_states
-from twostep.training.tensors import load_tensors, save_tensors, stored_names
+from twostep.training.tensors import (
+    load_tensors,
+    save_in_background,
+    save_tensors,
+    stored_names,
+)
 from twostep.training.world import World
 
 _NAME = re.compile(r"(fit|turn)-(\d{7})$")
@@ -39,6 +46,27 @@ class Progress:
     best_turn: int | None = None
 
 
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint without its name yet; `future` is None once its tensors are written."""
+
+    temporary: Path
+    target: Path
+    keep: int
+    future: Future[Any] | None
+
+    def is_done(self) -> bool:
+        return self.future is None or self.future.done()
+
+    def commit(self) -> None:
+        for path in (*self.temporary.iterdir(), self.temporary):
+            _sync(path)
+        shutil.rmtree(self.target, ignore_errors=True)
+        os.replace(self.temporary, self.target)
+        for old in list_checkpoints(self.target.parent)[: -self.keep]:
+            shutil.rmtree(old)
+
+
 @dataclass
 class TrainingState:
     """All that changes while training."""
@@ -47,13 +75,19 @@ class TrainingState:
     optimizers: dict[str, torch.optim.Optimizer]
     ema: Ema
     progress: Progress
+    _writing: _Writing | None = None
 
-    def save(self, folder: Path, keep: int, world: World) -> Path:
+    def save(self, folder: Path, keep: int, world: World, background: bool = False) -> Path:
         """Writes `folder/turn-NNNNNNN`, then removes all but the last `keep` checkpoints.
 
         While the score is fitted, before the first turn, its name is `fit-NNNNNNN`.
         Among several processes each writes its part; all must call it.
+
+        Args:
+            background: copy the tensors and write while training goes on; the checkpoint gets its
+                name with the first call of `settle` after that.
         """
+        self.settle(world, wait=True)
         progress = self.progress
         name = f"turn-{progress.turn:07d}" if progress.turn else f"fit-{progress.score_turn:07d}"
         target = folder / name
@@ -71,16 +105,28 @@ class TrainingState:
             }
             (temporary / "state.json").write_text(json.dumps(record, indent=1))
         world.wait()
-        save_tensors(self._tensors(), temporary, "state.safetensors", world)
-        if world.is_first:
-            for path in (*temporary.iterdir(), temporary):
-                _sync(path)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-            for old in list_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
-        world.wait()
+        start = save_in_background if background else save_tensors
+        written = start(self._tensors(), temporary, "state.safetensors", world)
+        self._writing = _Writing(temporary, target, keep, written)
+        if not background:
+            self.settle(world, wait=True)
         return target
+
+    def settle(self, world: World, wait: bool = False) -> None:
+        """Gives a checkpoint that is written by now its name.
+
+        Args:
+            wait: for one that is still being written; all processes must call it then.
+        """
+        writing = self._writing
+        if writing is not None and (wait or writing.is_done()):
+            self._writing = None
+            if writing.future is not None:
+                writing.future.result()
+            if world.is_first:
+                writing.commit()
+        if wait:
+            world.wait()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, the live ones."""

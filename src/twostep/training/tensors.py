@@ -9,7 +9,9 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
@@ -23,12 +25,35 @@ from twostep.training.world import World
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str, world: World) -> None:
     """Writes `folder/name`, or among several processes a file for each. `folder` must exist."""
     if world.size == 1:
-        # Own memory for each: safetensors refuses tensors that share storage.
-        whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        save_file(whole, folder / name)
+        save_file(_copies(tensors), folder / name)
         return
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     dcp.save(dict(tensors), storage_writer=writer)
+
+
+def save_in_background(
+    tensors: Mapping[str, Tensor], folder: Path, name: str, world: World
+) -> Future[Any]:
+    """As `save_tensors`, but only copies at once and writes while the caller goes on.
+
+    The first process's future is done when every process has written.
+    """
+    if world.size == 1:
+        pool = ThreadPoolExecutor(1)
+        future = pool.submit(save_file, _copies(tensors), folder / name)
+        pool.shutdown(wait=False)  # ends with the file
+        return future
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    # In a group of its own: a thread's messages must not mix with training's.
+    group = world.background_group()
+    found = dcp.async_save(dict(tensors), storage_writer=writer, process_group=group)
+    assert isinstance(found, Future)
+    return found
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, with memory of their own: safetensors refuses tensors that share storage."""
+    return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
 
 
 def save_folder(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:

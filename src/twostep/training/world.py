@@ -27,6 +27,7 @@ class World:
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = rank_and_world()
         self.device = device
+        self._background: dist.ProcessGroup | None = None
         if self.size > 1 and not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -92,6 +93,12 @@ class World:
         parts = [torch.empty_like(share, device="cpu") for _ in range(self.size)]
         dist.all_gather(parts, share.cpu().contiguous())
         return torch.cat(parts)[:count]
+
+    def background_group(self) -> dist.ProcessGroup:
+        """A group for what runs beside training; the first call is for every process."""
+        if self._background is None:
+            self._background = dist.new_group(backend="gloo")
+        return self._background
 
     def wait(self) -> None:
         """Until every process has come this far."""
