@@ -120,7 +120,7 @@ def generate(
         list[str] | None, typer.Argument(help="prompts; - reads them from stdin, a line each")
     ] = None,
     prompts_file: Annotated[
-        str | None, typer.Option("--prompts", help="a .txt or .jsonl file of prompts")
+        str | None, typer.Option("--prompts", help="a .txt, .jsonl or .parquet file of prompts")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("runs/pictures"),
     seed: Annotated[int, typer.Option(min=0, help="seed of the first picture of each prompt")] = 0,
@@ -212,7 +212,10 @@ def evaluate(
     reference: Annotated[str, typer.Option(help="the teacher: a folder, zoo:NAME or a hub id")],
     out: Annotated[Path, typer.Option(help="folder for images, metrics.json and report.html")],
     prompts: Annotated[
-        str, typer.Option(help="emoji (held-out scenes), or a .txt or .jsonl file")
+        str,
+        typer.Option(
+            help="emoji (held-out scenes), parti, hf:OWNER/NAME, or a .txt, .jsonl or .parquet file"
+        ),
     ] = "emoji",
     images: Annotated[int, typer.Option(min=4, help="images per model")] = 512,
     seeds: Annotated[

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from twostep.cache_plan import Plan
 from twostep.config import Recipe
 from twostep.errors import UserError
 from twostep.teach import teach
@@ -26,8 +27,10 @@ def distill_on_ray(recipe: Recipe, workers: int) -> Path:
     times at most; they go on from the last checkpoint.
 
     Raises:
+        RecipeError, ModelError, PromptError: for what the recipe names wrongly.
         RayError: without `pip install "twostep[ray]"`, or when the run failed.
     """
+    Plan.of(recipe)  # what the recipe names wrongly is told here, not by a worker
     # Ray would build an environment of its own for each worker when it is itself run by uv.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:

@@ -38,7 +38,7 @@ class PromptSet:
         """`images` images at most, a multiple of `seeds_per_prompt`.
 
         Args:
-            source: `emoji`, scenes that no training showed, or a .txt or .jsonl file.
+            source: `emoji`, scenes that no training showed, or what `load_prompts` takes.
 
         Raises:
             PromptError: for a file that cannot be used.
