@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from twostep.cli import app
 from twostep.pipeline import TwoStepPipeline
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +31,7 @@ def commands(block: int) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-def run(command: list[str], teacher: Path, folder: Path) -> str:
+def run(command: list[str], teacher: Path) -> str:
     """As it stands there, but for the model, its size and the number of processes."""
     swaps = {"Tongyi-MAI/Z-Image-Turbo": str(teacher), "1024": "32", "8": "2"}
     command = [swaps.get(word, word) for word in command]
@@ -40,18 +42,20 @@ def run(command: list[str], teacher: Path, folder: Path) -> str:
         command += [*SMALL, f"teacher.model={teacher}"]
     elif "evaluate" in command:
         command += ["--images", "8"]
-    python = [sys.executable, "-m"]
-    prefix = [*python, "torch.distributed.run"] if command[0] == "torchrun" else [*python, "twostep"]
+    if command[0] == "twostep":
+        done = CliRunner().invoke(app, command[1:])
+        assert done.exit_code == 0, (command, done.output, done.exception)
+        return done.output
+    launch = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        prefix + command[1:], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
+    result = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, (command, result.stderr)
     return result.stdout
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "held-out.txt").write_text("".join(f"a thing, {n} of many\n" for n in range(8)))
     return tmp_path
@@ -62,7 +66,7 @@ def test_lora_from_plan_to_picture(tiny_folder: Path, folder: Path) -> None:
     assert setup[:2] == ["pip", "install"]
     names = ["plan", "teach", "distill", "evaluate", "export", "export", "generate"]
     assert [command[1] for command in steps] == names
-    printed = {command[1]: run(command, tiny_folder, folder) for command in steps}
+    printed = {command[1]: run(command, tiny_folder) for command in steps}
     assert "fits" in printed["plan"]
     assert (folder / "runs" / "check" / "report.html").is_file()
     assert len(list((folder / "comfy").glob("*.safetensors"))) == 2
@@ -74,7 +78,7 @@ def test_lora_from_plan_to_picture(tiny_folder: Path, folder: Path) -> None:
 def test_full_sets_on_two_processes(tiny_folder: Path, folder: Path) -> None:
     for command in commands(1):
         assert command[0] == "torchrun"
-        run(command, tiny_folder, folder)
+        run(command, tiny_folder)
     student = folder / "runs" / "z-image-turbo-full" / "student"
     pipeline = TwoStepPipeline.from_pretrained(student)
     assert pipeline("a thing", height=32, width=64).images[0].size == (64, 32)

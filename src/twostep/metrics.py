@@ -28,11 +28,11 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         ValueError: not two finite sets of two or more images with as many features each.
     """
     a, b = _two_sets(a, b)
-    covariance_a, covariance_b = _covariance(a), _covariance(b)
-    # tr sqrt(Ca Cb) by a symmetric matrix with the same eigenvalues: nothing turns complex.
-    root = _root(covariance_a)
-    eigenvalues = _eigenvalues(root @ covariance_b @ root)
-    trace = covariance_a.trace() + covariance_b.trace() - 2 * eigenvalues.sqrt().sum()
+    # With A'A and B'B the covariances, tr sqrt(A'A B'B) is the sum of A B''s singular values: as
+    # small a matrix as images or features allow, and nothing turns complex.
+    root_a, root_b = _covariance_root(a), _covariance_root(b)
+    shared = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    trace = root_a.square().sum() + root_b.square().sum() - 2 * shared
     return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + trace).item())
 
 
@@ -237,25 +237,17 @@ def _radius(features: Tensor, k: int) -> Tensor:
     return torch.cdist(features, features).kthvalue(k + 1, dim=1).values
 
 
-def _covariance(features: Tensor) -> Tensor:
-    centred = features - features.mean(0)
-    return centred.T @ centred / (len(features) - 1)
+def _covariance_root(features: Tensor) -> Tensor:
+    """(K, D) whose product with itself is the unbiased covariance, K the smaller of N and D."""
+    centred = (features - features.mean(0)) / math.sqrt(len(features) - 1)
+    return torch.linalg.qr(centred, mode="r").R if len(features) > features.shape[1] else centred
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
     """Of a symmetric positive semidefinite matrix, ascending; rounding noise set to 0."""
-    return _without_noise(torch.linalg.eigvalsh((matrix + matrix.T) / 2))
-
-
-def _root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * _without_noise(values).sqrt()) @ vectors.T
-
-
-def _without_noise(eigenvalues: Tensor) -> Tensor:
-    # A null direction's noise of 1e-16 would have a root of 1e-8: far above rounding.
-    bound = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().max()
-    return torch.where(eigenvalues > bound, eigenvalues, 0.0)
+    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    bound = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    return torch.where(values > bound, values, 0.0)
 
 
 def _squared_mmd(
