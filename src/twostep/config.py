@@ -330,6 +330,11 @@ class Recipe(_Section):
             raise ValueError(
                 "distributed.shard_size and cpu_offload need distributed.sharding: shard"
             )
+        if sharding.sharding == "shard" and self.training.optimizer == "adafactor":
+            raise ValueError(
+                "training.optimizer: adafactor needs whole matrices; with distributed.sharding: "
+                "shard use adamw, whose states are sharded too"
+            )
         if sharding.sharding == "shard" and self.student.parameters == "lora":
             raise ValueError(
                 "distributed.sharding: shard is for full sets of weights; with "

@@ -39,7 +39,9 @@ class Sharder:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        self.offload = CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy()
+        # Pinned memory is for copies to a GPU; torch refuses to pin any without one.
+        offload = CPUOffloadPolicy(pin_memory=on_cuda)
+        self.offload = offload if settings.cpu_offload else OffloadPolicy()
         self.device = torch.device("cpu") if settings.cpu_offload else world.device
 
     def load(
