@@ -569,8 +569,8 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     for i in range(3):
         Image.new("RGB", (50, 40 + i), (60 * i, 10, 200)).save(folder / f"{i}.png")
     trainer = trainer_of(make_recipe(data={"reals": str(folder)}))
-    assert trainer.batches.reals is not None
-    assert trainer.batches.reals.latents.shape == (3, 8, 8, 8)
+    (external,) = trainer.batches.reals.values()
+    assert external.latents.shape == (3, 8, 8, 8)
     batch = trainer.batches.read(0, 0)
     assert not torch.equal(batch.reals, batch.latents)
     assert torch.equal(trainer_of(make_recipe("teacher")).batches.read(0, 0).reals, batch.latents)
@@ -583,8 +583,8 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     captioned = trainer_of(make_recipe("captioned", data={"reals": str(folder)}))
     batch = captioned.batches.read(3, 0)
-    assert captioned.batches.reals is not None
-    latents, embeds = captioned.batches.reals.draw(3, 4)
+    (external,) = captioned.batches.reals.values()
+    latents, embeds = external.draw(3, 4)
     assert torch.equal(batch.reals, latents)
     assert embeds is not None
     assert batch.real_prompts.lengths.tolist() == [len(e) for e in embeds]

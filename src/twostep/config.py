@@ -323,8 +323,6 @@ class Recipe(_Section):
                 "student.init is not available with student.parameters: lora, whose adapters "
                 "start at zero"
             )
-        if self.student.parameters == "lora" and self.training.compile:
-            raise ValueError("training.compile is not available with student.parameters: lora")
         sharding = self.distributed
         if sharding.sharding == "replicate" and (sharding.shard_size or sharding.cpu_offload):
             raise ValueError(

@@ -24,6 +24,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def allow_graphs() -> None:
+    """Lets `torch.compile` keep as many graphs of one piece of code as a run has uses for it.
+
+    Roles share their code: with and without gradient, with and without taps, in the batch sizes of
+    training and validation. Each is a graph of its own, of fixed shapes.
+    """
+    import torch._dynamo as dynamo  # slow, and few need it
+
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+
+
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Attention as matrix products and a softmax, which a compiler can fuse; bf16 stays bf16."""

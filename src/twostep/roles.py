@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch._dynamo as dynamo
 from torch import Tensor, nn
 
 from twostep.adapters import AdapterRole, SharedBackbone
@@ -20,6 +19,7 @@ from twostep.backbones.model import load_velocity, read_architecture, read_index
 from twostep.backbones.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.config import Recipe, RecipeError
 from twostep.critic import CriticHeads
+from twostep.devices import allow_graphs
 from twostep.files import folder_fingerprint
 from twostep.rollout import VelocityField
 
@@ -74,9 +74,7 @@ class FullRole:
 
 
 def _compiled(model: ZImageVelocity) -> Callable[..., Prediction]:
-    # All roles run one piece of code: with and without gradient, with and without taps, in the
-    # batch sizes of training and validation. Each is a graph of its own, of fixed shapes.
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+    allow_graphs()
     compiled: Callable[..., Prediction] = torch.compile(model, fullgraph=True, dynamic=False)
     return compiled
 
@@ -258,6 +256,8 @@ def _backbone(recipe: Recipe, folder: Path, load: Load, names: list[str]) -> Sha
         original,
         int8,
     )
+    if settings.compile:
+        backbone.compile()
     if settings.checkpoint_activations:
         backbone.checkpoint_activations(settings.checkpoint_share)
     return backbone
