@@ -137,6 +137,14 @@ def test_checkpointing_and_smaller_parts_save_memory(make_recipe: Make) -> None:
     assert checkpointed.flops["student"] > plan(make_recipe()).flops["student"]
 
 
+def test_a_compiled_recipe_is_planned_as_it_is_written(make_recipe: Make) -> None:
+    plain, compiled = (
+        plan(make_recipe(student=LORA, training={"compile": c, "batch_size": 1}))
+        for c in (False, True)
+    )
+    assert plain == compiled
+
+
 def test_sharding_divides_what_is_sharded(make_recipe: Make) -> None:
     whole = plan(make_recipe(), processes=2)
     shard = plan(make_recipe(distributed={"sharding": "shard"}), processes=2)

@@ -138,9 +138,11 @@ def plan(
 def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     """Builds the roles without weights and runs their turns."""
     folder = shape_folder(recipe.teacher.model)
-    settings = recipe.training
+    # Counted as it is written: a compiler would only see fake tensors.
+    settings = recipe.training.model_copy(update={"compile": False})
     _, rows = divide_batch(settings.batch_size, processes, settings.micro_batch)
-    changes: dict[str, Any] = {"teacher": recipe.teacher.model_copy(update={"model": str(folder)})}
+    teacher = recipe.teacher.model_copy(update={"model": str(folder)})
+    changes: dict[str, Any] = {"teacher": teacher, "training": settings}
     if recipe.score.model is not None:
         score = str(shape_folder(recipe.score.model))
         changes["score"] = recipe.score.model_copy(update={"model": score})
