@@ -6,22 +6,29 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 
+from conftest import TEXT_WIDTH
+from twostep.backbones.zimage import PromptBatch
 from twostep.config import Recipe, RecipeError
+from twostep.roles import FullRole
 from twostep.teach import teach
 from twostep.training.draws import Draws
 from twostep.training.loop import Trainer
 from twostep.training.monitor import read_metrics
+from twostep.training.sharding import Sharder
 from twostep.training.state import list_checkpoints
 from twostep.training.tensors import load_tensors
-from twostep.training.world import World
+from twostep.training.world import World, whole
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -173,6 +180,41 @@ def test_a_process_killed_while_saving_costs_only_the_turns_since_the_last_save(
 # One process.
 
 
+@pytest.fixture
+def gloo(tmp_path: Path) -> Iterator[World]:
+    dist.init_process_group("gloo", f"file://{tmp_path}/gloo", rank=0, world_size=1)
+    yield World(CPU)
+    dist.destroy_process_group()
+
+
+def test_sharded_blocks_compile(
+    make_recipe: Make, tiny_folder: Path, gloo: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the hooks that put a block's weights together; every block runs the same graphs."""
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        graphs.append(len(inputs))
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    sharder = Sharder(make_recipe(), gloo)
+    latents, sigma = torch.randn(2, 8, 4, 4), torch.tensor([0.4, 0.8])
+    prompts = PromptBatch.collate([torch.randn(5, TEXT_WIDTH), torch.randn(3, TEXT_WIDTH)])
+    found = []
+    for compiled in (False, True):
+        model = sharder.load(tiny_folder)
+        model.enable_gradient_checkpointing()
+        role = FullRole(model, trainable=True, compiled=compiled)
+        role(latents, sigma, prompts).velocity.square().mean().backward()
+        found.append([whole(p.grad) for p in role.parameters() if p.grad is not None])
+    # Main and noise layers, with and without a gradient to their input; context layers.
+    assert 0 < len(graphs) <= 6
+    assert len(found[0]) == len(found[1]) > 30
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
+
+
 def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
     def draw(rows: slice | None, count: int) -> list[torch.Tensor]:
         draws = Draws(3, 5, "critic", CPU, rows, 8)
@@ -187,8 +229,8 @@ def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
     together = draw(None, 8)
     for size in (2, 4):
         parts = [draw(slice(i, i + size), size) for i in range(0, 8, size)]
-        for index, whole in enumerate(together):
-            assert torch.equal(torch.cat([part[index] for part in parts]), whole)
+        for index, batch in enumerate(together):
+            assert torch.equal(torch.cat([part[index] for part in parts]), batch)
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (2, 3), (1, 2)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from twostep.backbones.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.config import RecipeError
-from twostep.devices import allow_graphs
 from twostep.lora_pair import AdapterSwitch
 from twostep.memory import pack_int8
 
@@ -100,14 +98,6 @@ class SharedBackbone(AdapterSwitch):
             return checkpoint(under_its_role, *inputs, use_reentrant=False)
 
         self.model.enable_gradient_checkpointing(share, run)
-
-    def compile(self) -> None:
-        """Compiles block by block: one piece of code for every layer, a graph for every role."""
-        allow_graphs()
-        transformer = self.model.transformer
-        parts = (transformer.layers, transformer.noise_refiner, transformer.context_refiner)
-        for block in chain.from_iterable(parts):
-            block.compile(fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def merged(self, name: str) -> nn.Module:

@@ -13,13 +13,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from twostep.adapters import AdapterRole, SharedBackbone
 from twostep.backbones.model import load_velocity, read_architecture, read_index, resolve
 from twostep.backbones.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.config import Recipe, RecipeError
 from twostep.critic import CriticHeads
-from twostep.devices import allow_graphs
+from twostep.devices import allow_graphs, compile_blocks
 from twostep.files import folder_fingerprint
 from twostep.rollout import VelocityField
 
@@ -74,6 +75,9 @@ class FullRole:
 
 
 def _compiled(model: ZImageVelocity) -> Callable[..., Prediction]:
+    if isinstance(model, FSDPModule):
+        compile_blocks(model.transformer)
+        return model
     allow_graphs()
     compiled: Callable[..., Prediction] = torch.compile(model, fullgraph=True, dynamic=False)
     return compiled
@@ -257,7 +261,7 @@ def _backbone(recipe: Recipe, folder: Path, load: Load, names: list[str]) -> Sha
         int8,
     )
     if settings.compile:
-        backbone.compile()
+        compile_blocks(backbone.model.transformer)
     if settings.checkpoint_activations:
         backbone.checkpoint_activations(settings.checkpoint_share)
     return backbone
