@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 # Stands for the folder of rendered scenes, which the study draws when a row needs it.
 EXTERNAL = "EXTERNAL"
-# Stands for the teacher fitted to its own images, which the study makes first.
-FITTED = "FITTED"
+# The scores that the study fits to the teacher's images before it trains any row, and how.
+FITS: dict[str, tuple[str, ...]] = {
+    "fitted": (),
+    "fitted_base": ("score.model=zoo:emoji-base", "score.caption_dropout=0.1"),
+}
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,14 @@ class Row:
         changes: recipe overrides, `key=value`.
         turns: as a multiple of the study's: what makes its network evaluations the full method's.
         regression: the whole run is the regression of a warm-up.
-        fitted: distribution matching trusts the fitted score, not a model as it is.
+        score: the fitted score that distribution matching trusts; None: a model as it is.
         paper: where the method comes from, for other methods.
     """
 
     changes: tuple[str, ...] = ()
     turns: float = 1.0
     regression: bool = False
-    fitted: bool = True
+    score: str | None = "fitted"
     paper: str = ""
 
 
@@ -48,12 +51,12 @@ _BASE_WITH_GUIDANCE_BELOW = (
 ROWS: dict[str, Row] = {
     "full": Row(),
     # The ladder trusts the teacher's own field, as the paper does; its last rung is `full`.
-    "dmd": Row((*_SHARED, *_CUT, *_NO_CRITIC), fitted=False),
-    "dmd2_like": Row((*_SHARED, *_CUT, *_EXTERNAL), fitted=False),
-    "teacher_images": Row((*_SHARED, *_CUT), fitted=False),
-    "decoupled": Row(_CUT, fitted=False),
-    "end_to_end": Row(_NO_STEP1, fitted=False),
-    "paper": Row(fitted=False),
+    "dmd": Row((*_SHARED, *_CUT, *_NO_CRITIC), score=None),
+    "dmd2_like": Row((*_SHARED, *_CUT, *_EXTERNAL), score=None),
+    "teacher_images": Row((*_SHARED, *_CUT), score=None),
+    "decoupled": Row(_CUT, score=None),
+    "end_to_end": Row(_NO_STEP1, score=None),
+    "paper": Row(score=None),
     "no_critic": Row(_NO_CRITIC),
     "external": Row(_EXTERNAL),
     "shared": Row(_SHARED),
@@ -67,8 +70,9 @@ ROWS: dict[str, Row] = {
     "final_critic": Row(("losses.step1.adversarial=0",)),
     "regression": Row(("losses.final.regression=0.3", "losses.step1.regression=0.3")),
     "renoise": Row(("student.transition=renoise",)),
-    "guided_base": Row(_GUIDED_BASE, fitted=False),
-    "decoupled_guidance": Row(_BASE_WITH_GUIDANCE_BELOW, fitted=False),
+    "fitted_base": Row(("score.guidance_scale=0.25",), score="fitted_base"),
+    "guided_base": Row(_GUIDED_BASE, score=None),
+    "decoupled_guidance": Row(_BASE_WITH_GUIDANCE_BELOW, score=None),
     # Other methods in the same trainer: our implementations of those papers.
     "trajectory": Row(
         ("losses.warmup_step1_target=trajectory",),
@@ -108,7 +112,7 @@ ROWS: dict[str, Row] = {
             "fake.models=one",
         ),
         0.33,
-        fitted=False,
+        score=None,
         paper="arXiv 2405.14867",
     ),
     "decoupled_dmd": Row(
@@ -122,7 +126,7 @@ ROWS: dict[str, Row] = {
             "fake.models=one",
         ),
         1.06,
-        fitted=False,
+        score=None,
         paper="arXiv 2511.22677",
     ),
 }
@@ -157,6 +161,7 @@ TABLES: dict[str, dict[str, str]] = {
         "cold_fakes": "no critic turns before the first",
         "regression": "regression on the teacher's pairs kept beside the rest",
         "renoise": "re-noised transition",
+        "fitted_base": "score: base, fitted to the teacher's images, with guidance 0.25",
         "guided_base": "score: base with guidance 2",
         "decoupled_guidance": "score: base, guidance below the step's sigma",
     },

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from one_run import run
 from rendered import draw_scenes
-from rows import EXTERNAL, FITTED, ROWS, TABLES, Row
+from rows import EXTERNAL, FITS, ROWS, TABLES, Row
 
 from twostep.config import Recipe
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
@@ -38,7 +38,7 @@ QUICK = (
     "data.prompt_count=256", "training.turns=12", "training.critic_warmup_turns=4",
     "training.validate_every=4", "training.compile=false",
 )  # fmt: skip
-# Turns that fit the score to the teacher's images, once for all rows.
+# Turns that fit a score to the teacher's images, once for all rows that trust it.
 FIT_TURNS, QUICK_FIT_TURNS = 400, 20
 FIT = ("training.batch_size=16", "training.turns=1", "training.critic_warmup_turns=0")
 # The row whose best, with the same seed, is the quality that "turns to reach" asks for.
@@ -50,20 +50,19 @@ def recipe_of(
 ) -> Recipe:
     """One run's recipe; later overrides win."""
     turns = max(1, round(Recipe.load(BASE, common).training.turns * row.turns))
-    score = out / "runs" / FITTED.lower() / "score"
+    score = [f"score.model={out}/runs/{row.score}/score"] if row.score else []
     return Recipe.load(BASE, [
-        *common, *([f"score.model={score}"] if row.fitted else []),
-        *(c.replace(EXTERNAL, str(external)) for c in row.changes),
+        *common, *score, *(c.replace(EXTERNAL, str(external)) for c in row.changes),
         f"training.turns={turns}", f"losses.warmup_turns={turns if row.regression else 0}",
         f"training.validate_every={max(1, turns // 4)}", f"training.seed={seed}",
         *_places(f"{name}-{seed}", out),
     ])  # fmt: skip
 
 
-def recipe_of_fit(turns: int, out: Path, common: Sequence[str]) -> Recipe:
-    """The run that fits the score for all rows that use it."""
-    places = _places(FITTED.lower(), out)
-    return Recipe.load(BASE, [*common, *FIT, f"score.fit_turns={turns}", *places])
+def recipe_of_fit(name: str, turns: int, out: Path, common: Sequence[str]) -> Recipe:
+    """The run that fits the score `name` for all rows that trust it."""
+    changes = (*common, *FIT, *FITS[name], f"score.fit_turns={turns}", *_places(name, out))
+    return Recipe.load(BASE, changes)
 
 
 def _places(name: str, out: Path) -> tuple[str, ...]:
@@ -135,8 +134,9 @@ def main(
         if any(EXTERNAL in change for name in names for change in ROWS[name].changes):
             draw_scenes(external, Recipe.load(BASE, common))
         teach(first)
-        if any(ROWS[name].fitted for name in names):
-            train_all([recipe_of_fit(fit_turns, out, common)], 1)
+        trusted = {ROWS[name].score for name in names}
+        fits = [recipe_of_fit(f, fit_turns, out, common) for f in FITS if f in trusted]
+        train_all(fits, 1)
         train_all(list(recipes.values()), jobs)
     done = {k: r for k, r in recipes.items() if (r.run_folder / "done.json").exists()}
     if not done:
