@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from conftest import TEXT_WIDTH, random_transformer
 from twostep.backbones import zimage
-from twostep.backbones.model import Decoder, ModelError, PromptEncoder, latent_shape, resolve
+from twostep.backbones.model import Decoder, LatentSpace, ModelError, PromptEncoder, resolve
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.live_bytes import live_bytes
 from twostep.rollout import seeded_noise
@@ -248,8 +248,12 @@ def test_decoder_scales_and_shifts_as_the_pipeline_does(tiny_folder: Path) -> No
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         PromptBatch.collate([torch.zeros(0, 4)])
+    space = LatentSpace(8, 4, positions=(32, 16))
+    assert space.shape(256, 128) == (8, 64, 32)
     with pytest.raises(ValueError, match="width must be a positive multiple of 8, got 30"):
-        latent_shape(8, 4, 32, 30)
+        space.shape(32, 30)
+    with pytest.raises(ValueError, match="width must be at most 128 for this model, got 136"):
+        space.shape(256, 136)
     with pytest.raises(ModelError, match="no model folder at"):
         resolve("./nowhere")
     with pytest.raises(ModelError, match="zoo:emoji-teacher"):

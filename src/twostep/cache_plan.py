@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twostep.backbones.model import latent_shape, latents_of, read_shift, resolve
+from twostep.backbones.model import LatentSpace, read_shift, resolve
 from twostep.config import Recipe, RecipeError, Size
 from twostep.files import folder_fingerprint
 from twostep.flow import sigma_schedule
@@ -67,7 +67,7 @@ class Plan:
         data = recipe.data
         for height, width in data.sizes:
             try:
-                latent_shape(*latents_of(folder), height, width)
+                LatentSpace.of_folder(folder).shape(height, width)
             except ValueError as error:
                 raise RecipeError(f"data.height, width or other_sizes: {error}") from error
         prompts = load_prompts(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from twostep.backbones.model import MAX_PIXELS, PromptEncoder, latent_shape, latents_of
+from twostep.backbones.model import MAX_PIXELS, LatentSpace, PromptEncoder
 from twostep.devices import pick_device
 from twostep.errors import UserError
 from twostep.files import write_atomically
@@ -112,7 +112,7 @@ def check_model(model: str, size: tuple[int, int], steps: int | None) -> TwoStep
     """
     schedule = read_schedule(model)
     try:
-        latent_shape(*latents_of(base_folder(model)), *size)
+        LatentSpace.of_folder(base_folder(model)).shape(*size)
     except ValueError as error:
         raise InputError(f"size: {error}") from error
     if schedule is not None and steps not in (None, 2):

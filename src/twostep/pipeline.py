@@ -17,9 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from twostep.backbones.model import (
+    LatentSpace,
     ModelError,
     PromptEncoder,
-    latent_shape,
     read_index,
     resolve,
     transformer_with,
@@ -146,8 +146,8 @@ class TwoStepPipeline(ZImagePipeline):
             raise ValueError(
                 f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
             )
-        scale = self.vae_scale_factor
-        sides = latent_shape(self.transformer.in_channels, scale, height, width)
+        space = LatentSpace.of(self.transformer.config, self.vae_scale_factor)
+        sides = space.shape(height, width)
         shape = (count * num_images_per_prompt, *sides)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")

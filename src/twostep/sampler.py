@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from twostep.backbones.model import (
     Decoder,
+    LatentSpace,
     ModelError,
     PromptEncoder,
-    latent_shape,
     load_velocity,
     locate,
     read_index,
@@ -177,7 +178,8 @@ class Sampler:
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the noise for a `height` x `width` image; ValueError for a bad size."""
-        return latent_shape(self.field.channels, self.decoder.scale, height, width)
+        transformer: Any = self.field.transformer
+        return LatentSpace.of(transformer.config, self.decoder.scale).shape(height, width)
 
     @torch.no_grad()
     def sample(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from twostep.backbones.prompt_store import PromptStore
-from twostep.backbones.zimage import ZImageVelocity
+from twostep.backbones.zimage import PATCH, ZImageVelocity
 from twostep.errors import UserError
 from twostep.files import folder_fingerprint
 
@@ -334,23 +334,49 @@ class Decoder:
         return torch.cat(latents)
 
 
-def latents_of(folder: Path) -> tuple[int, int]:
-    """The model's latent channels and its VAE's pixels per latent."""
-    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    return int(read_architecture(folder)["in_channels"]), 2 ** (len(vae["block_out_channels"]) - 1)
+@dataclass(frozen=True)
+class LatentSpace:
+    """Where a model's images live.
 
-
-def latent_shape(channels: int, scale: int, height: int, width: int) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of a `height` x `width` image.
-
-    Raises:
-        ValueError: if a side is not a positive multiple of twice the VAE's scale, or the image has
-            more than `MAX_PIXELS`.
+    Attributes:
+        channels: of a latent.
+        scale: pixels per latent, along each side.
+        positions: the most image tokens, in rows and columns, that the model tells apart.
     """
-    multiple = 2 * scale
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"at most {MAX_PIXELS} pixels, {width}x{height} has {height * width}")
-    for name, value in (("height", height), ("width", width)):
-        if value < multiple or value % multiple:
-            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
-    return channels, height // scale, width // scale
+
+    channels: int
+    scale: int
+    positions: tuple[int, int]
+
+    @staticmethod
+    def of(transformer: Mapping[str, Any], scale: int) -> LatentSpace:
+        """From the transformer's configuration."""
+        _, rows, columns = transformer["axes_lens"]
+        return LatentSpace(int(transformer["in_channels"]), scale, (int(rows), int(columns)))
+
+    @staticmethod
+    def of_folder(folder: Path) -> LatentSpace:
+        """Of a model folder; loads no weights."""
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        return LatentSpace.of(read_architecture(folder), scale)
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a `height` x `width` image.
+
+        Raises:
+            ValueError: if a side is not a positive multiple of twice the VAE's scale or longer than
+                the model has positions for, or the image has more than `MAX_PIXELS`.
+        """
+        multiple = PATCH * self.scale
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"at most {MAX_PIXELS} pixels, {width}x{height} has {height * width}")
+        sides = zip(("height", "width"), (height, width), self.positions, strict=True)
+        for name, value, positions in sides:
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+            if value > positions * multiple:
+                raise ValueError(
+                    f"{name} must be at most {positions * multiple} for this model, got {value}"
+                )
+        return self.channels, height // self.scale, width // self.scale

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 
 from twostep.adapters import SharedBackbone
-from twostep.backbones.model import Decoder, latent_shape, latents_of, read_architecture, read_shift
+from twostep.backbones.model import Decoder, LatentSpace, read_architecture, read_shift
 from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.config import Student
 from twostep.flow import sigma_schedule
@@ -78,8 +78,7 @@ def generation_needs(
         ValueError: for a size that it does not take.
     """
     folder = shape_folder(model)
-    channels, scale = latents_of(folder)
-    shape = (batch_size, *latent_shape(channels, scale, *size))
+    shape = (batch_size, *LatentSpace.of_folder(folder).shape(*size))
     width = int(read_architecture(folder)["cap_feat_dim"])
     # On the meta device first: what fake tensors begin as stays on its device.
     shapes = [load_nothing(folder, "transformer", dtype) for _ in range(1 + (steps == "two_sets"))]

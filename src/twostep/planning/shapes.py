@@ -10,8 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from twostep.backbones.model import (
-    latent_shape,
-    latents_of,
+    LatentSpace,
     read_architecture,
     resolve,
     unloaded_transformer,
@@ -69,7 +68,7 @@ def random_batch(
 ) -> Batch:
     """A batch of noise in the shape that the turns on the recipe's largest size have."""
     height, width = max(recipe.data.sizes, key=math.prod)
-    shape = (rows, *latent_shape(*latents_of(folder), height, width))
+    shape = (rows, *LatentSpace.of_folder(folder).shape(height, width))
     features = int(read_architecture(folder)["cap_feat_dim"])
     prompts = PromptBatch.collate([torch.randn(prompt_tokens, features)] * rows, device)
     latents = torch.randn(shape, device=device)
@@ -78,9 +77,9 @@ def random_batch(
 
 def cache_bytes(recipe: Recipe, folder: Path, prompt_tokens: int) -> int:
     """Bytes of the teacher's cache on disk."""
-    channels, scale = latents_of(folder)
+    space = LatentSpace.of_folder(folder)
     sizes = recipe.data.sizes
-    latents = channels * sum(math.prod(size) for size in sizes) // scale**2 // len(sizes)
+    latents = sum(math.prod(space.shape(*size)) for size in sizes) // len(sizes)
     features = int(read_architecture(folder)["cap_feat_dim"])
     prompts = recipe.data.prompt_count
     # Latents at the end and, where the student's second level is the teacher's, on the way.
