@@ -28,6 +28,7 @@ NAMES = {
     "naive_2": "same weights, 2 steps",
     "student_2": "fresh student (`make demo`), 2 steps",
     "shipped_2": "shipped student, 2 steps",
+    "emoji-student_2": "shipped student, 2 steps",
 }
 
 
@@ -70,6 +71,31 @@ def teacher_table(figures: dict[str, Any]) -> str:
         cells = " | ".join(f"{v:.3f}" for v in values)
         lines.append(f"| {NAMES[key]} | {model['frechet_to_rendered']:.2f} | {cells} |")
     return "\n".join(lines)
+
+
+def student_table(report: dict[str, Any]) -> str:
+    """One row per model of the `metrics.json` that `twostep evaluate` wrote."""
+    headings = ["Fréchet to teacher", "gap closed", "diversity", *CATEGORIES[:-1], "of the preview"]
+    lines = [f"| | {' | '.join(headings)} |", "|---" * (1 + len(headings)) + "|"]
+    for key, model in report["models"].items():
+        closed, accuracy = report["gap_closed"].get(key), model["accuracy"]
+        preview = model.get("preview", {}).get("accuracy", {}).get("overall")
+        overall = f"{accuracy['overall']:.3f} ± {model['interval']['accuracy']['overall']:.3f}"
+        cells = [
+            f"{model['frechet_to_teacher']:.3f}",
+            "–" if closed is None else f"{100 * closed:.1f}%",
+            f"{model['diversity']:.2f}",
+            overall,
+            *(f"{accuracy[c]:.3f}" for c in CATEGORIES[1:-1]),
+            "–" if preview is None else f"{preview:.3f}",
+        ]
+        lines.append(f"| {NAMES[key]} | {' | '.join(cells)} |")
+    note = (
+        f"`{report['command']}`, commit {report['commit']}, {report['machine']}, {report['date']}; "
+        f"{report['images']} images of {report['prompts']} held-out prompts, features "
+        f"{report['extractor']}, floor {report['floor']:.3f}."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def generate_table(results: dict[str, Any]) -> str:
@@ -147,6 +173,7 @@ TABLES = {
     "compiled": (INFERENCE, DOCS / "results" / "generate-compiled.json", generate_table),
     "memory": (INFERENCE, MEMORY, memory_table),
     "kinds": (INFERENCE, MEMORY, kinds_table),
+    "student": (RESULTS, DOCS / "results" / "emoji-student.json", student_table),
     "study": (RESULTS, ABLATION, study_facts),
     **{
         name: (RESULTS, ABLATION, partial(study_table, table=name))

@@ -23,7 +23,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["teach", "distill", "generate", "compare", "evaluate", "export", "assemble", "demo"],
+    [
+        "teach",
+        "distill",
+        "generate",
+        "compare",
+        "evaluate",
+        "export",
+        "assemble",
+        "average",
+        "demo",
+    ],
 )
 def test_help_has_an_example(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])

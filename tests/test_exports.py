@@ -16,6 +16,7 @@ from conftest import random_transformer
 from twostep.backbones.model import ZOO, ModelError
 from twostep.backbones.zimage import PromptBatch
 from twostep.cli import app
+from twostep.exports.average import average
 from twostep.exports.comfyui import allows_fp16, to_comfyui, workflow
 from twostep.exports.export import assemble, export
 from twostep.exports.lora import low_rank_difference, rank_for
@@ -302,3 +303,45 @@ def test_students_of_the_zoo_carry_the_pipeline_of_today() -> None:
     copies = sorted(ZOO.glob("*/pipeline.py"))
     assert copies
     assert all(copy.read_bytes() == STANDALONE.read_bytes() for copy in copies)
+
+
+# The mean of several.
+
+
+def test_average_is_the_mean_of_each_steps_weights(
+    student: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    other, third = tmp_path / "other", tmp_path / "third"
+    save_student(tiny_folder, nudged(3), nudged(4), TwoStep(0.75), other, torch.float32)
+    save_student(tiny_folder, nudged(5), nudged(6), TwoStep(0.75), third, torch.float32)
+    out = tmp_path / "mean"
+    names = [str(folder) for folder in (student, other, third)]
+    result = CliRunner().invoke(app, ["average", *names, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    for part in ("transformer", "transformer_2"):
+        file = f"{part}/diffusion_pytorch_model.safetensors"
+        found = load_file(out / file)
+        states = [load_file(Path(name) / file) for name in names]
+        for key, value in found.items():
+            expected = torch.stack([state[key] for state in states]).mean(0)
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-6)
+    assert not torch.equal(images(out), images(student))
+    twice = tmp_path / "twice"
+    average([str(student), str(student)], twice)
+    assert torch.equal(images(twice), images(student))
+
+
+def test_students_that_do_not_fit_together_are_named(
+    student: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    save_student(tiny_folder, nudged(3), nudged(4), TwoStep(0.6), other, torch.float32)
+    with pytest.raises(ModelError, match="two at least, got 1"):
+        average([str(student)], tmp_path / "out")
+    with pytest.raises(ModelError, match="student differ in their schedule"):
+        average([str(student), str(other)], tmp_path / "out")
+    with pytest.raises(ModelError, match="no two-step student"):
+        average([str(student), str(tiny_folder)], tmp_path / "out")
+    with pytest.raises(ModelError, match="is not empty"):
+        average([str(student), str(student)], student)
+    assert not (tmp_path / "out").exists()

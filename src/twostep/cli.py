@@ -314,6 +314,26 @@ def assemble(
 
 
 @app.command()
+def average(
+    students: Annotated[
+        list[str], typer.Argument(help="two or more: folders, zoo:NAME or hub ids")
+    ],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or not there")],
+) -> None:
+    """Make one student of several: the mean of their weights.
+
+    For runs of one teacher from the same weights that differ in seed or settings.
+
+    Example: twostep average runs/a/student runs/b/student --out student
+    """
+    from twostep.exports.average import average as run
+
+    _quiet()
+    run(students, out)
+    _out.print(f"written: {out}", highlight=False)
+
+
+@app.command()
 def demo(
     minutes: Annotated[
         float, typer.Option(min=0.1, help="time for all of it: cache, distilling, evaluation")

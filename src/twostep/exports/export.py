@@ -64,10 +64,10 @@ def export(
     schedule = read_two_step(folder)
     if schedule is None:
         raise ExportError(f"{folder} is no two-step student: it has no transformer_2")
-    _check_free(out)
+    check_free(out)
     if target == "torch":
         return export_programs(student, out, size, batch_size, caption_tokens)
-    first, second = _load(folder, "transformer"), _load(folder, "transformer_2")
+    first, second = load_part(folder, "transformer"), load_part(folder, "transformer_2")
     if target == "comfyui":
         states = (first.state_dict(), second.state_dict())
         return export_comfyui(folder, states, len(first.layers), out)
@@ -80,7 +80,7 @@ def export(
         raise ExportError("teacher: LoRA files belong to a model; name it")
     if schedule.transition != "euler":
         raise ExportError("to: LoRA files have no code of their own; only euler transitions work")
-    base = _load(resolve(teacher), "transformer")
+    base = load_part(resolve(teacher), "transformer")
     lines = []
     try:
         if energy is not None:
@@ -122,12 +122,14 @@ def _difference_in_pictures(
     )
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """Raises ExportError if the folder `out` has anything in it."""
     if out.exists() and any(out.iterdir()):
         raise ExportError(f"out: {out} is not empty")
 
 
-def _load(folder: Path, part: str) -> Any:
+def load_part(folder: Path, part: str) -> Any:
+    """A transformer of a model folder, in the dtype that it is stored in."""
     return ZImageTransformer2DModel.from_pretrained(folder, subfolder=part, use_safetensors=True)
 
 
@@ -160,7 +162,7 @@ def assemble(teacher: str, first: str, second: str, out: Path) -> None:
         ModelError: for a part that is not there or does not fit.
     """
     folder = resolve(teacher)
-    _check_free(out)
+    check_free(out)
     parts = [_part(folder, name) for name in (first, second)]
     if parts[0].config.dim != parts[1].config.dim:
         raise ExportError(f"{first} and {second} have different widths")
@@ -171,11 +173,11 @@ def assemble(teacher: str, first: str, second: str, out: Path) -> None:
 def _part(teacher: Path, name: str) -> Any:
     path = Path(name)
     if path.suffix == ".safetensors" and path.is_file():
-        model = _load(teacher, "transformer")
+        model = load_part(teacher, "transformer")
         model.load_lora_adapter(str(path), prefix="transformer", adapter_name="step")
         model.fuse_lora()
         model.unload_lora()
         return model
     if (path / "config.json").is_file():
         return ZImageTransformer2DModel.from_pretrained(path, use_safetensors=True)
-    return _load(resolve(name), "transformer")
+    return load_part(resolve(name), "transformer")
