@@ -26,7 +26,7 @@ from twostep.backbones.zimage import PromptBatch, ZImageVelocity
 from twostep.files import folder_fingerprint
 from twostep.flow import sigma_schedule
 from twostep.lora_pair import AdapterField, LoraPair
-from twostep.memory import Memory, hold
+from twostep.memory import Memory, hold, transformer_of
 from twostep.rollout import TwoStep, VelocityField, euler, guided, two_step
 
 Field = ZImageVelocity | AdapterField
@@ -178,8 +178,8 @@ class Sampler:
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the noise for a `height` x `width` image; ValueError for a bad size."""
-        transformer: Any = self.field.transformer
-        return LatentSpace.of(transformer.config, self.decoder.scale).shape(height, width)
+        config: Any = transformer_of(self.field).config
+        return LatentSpace.of(config, self.decoder.scale).shape(height, width)
 
     @torch.no_grad()
     def sample(
