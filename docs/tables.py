@@ -28,7 +28,6 @@ NAMES = {
     "naive_2": "same weights, 2 steps",
     "student_2": "fresh student (`make demo`), 2 steps",
     "shipped_2": "shipped student, 2 steps",
-    "emoji-student_2": "shipped student, 2 steps",
 }
 
 
@@ -74,7 +73,8 @@ def teacher_table(figures: dict[str, Any]) -> str:
 
 
 def student_table(report: dict[str, Any]) -> str:
-    """One row per model of the `metrics.json` that `twostep evaluate` wrote."""
+    """One row per model of the `metrics.json` that `twostep evaluate` wrote of one student."""
+    names = NAMES | {"student_2": NAMES["shipped_2"]}
     headings = ["Fréchet to teacher", "gap closed", "diversity", *CATEGORIES[:-1], "of the preview"]
     lines = [f"| | {' | '.join(headings)} |", "|---" * (1 + len(headings)) + "|"]
     for key, model in report["models"].items():
@@ -89,7 +89,7 @@ def student_table(report: dict[str, Any]) -> str:
             *(f"{accuracy[c]:.3f}" for c in CATEGORIES[1:-1]),
             "–" if preview is None else f"{preview:.3f}",
         ]
-        lines.append(f"| {NAMES[key]} | {' | '.join(cells)} |")
+        lines.append(f"| {names[key]} | {' | '.join(cells)} |")
     note = (
         f"`{report['command']}`, commit {report['commit']}, {report['machine']}, {report['date']}; "
         f"{report['images']} images of {report['prompts']} held-out prompts, features "
