@@ -29,7 +29,8 @@ def test_a_small_model_goes_through_it(path: Path, tiny_folder: Path, tmp_path: 
     recipe = Recipe.load(path, [
         f"teacher.model={tiny_folder}", f"data.prompts={prompts}", "data.prompt_count=8",
         f"data.cache={tmp_path}/cache", f"output={tmp_path}/runs", "data.height=32",
-        "data.width=32", "data.other_sizes=[[32, 64]]", "data.samples_per_prompt=1", "critic.layers=[0, 1]", "critic.width=8", "training.batch_size=4",
+        "data.width=32", "data.other_sizes=[[32, 64]]", "data.samples_per_prompt=1",
+        "critic.layers=[0, 1]", "critic.width=8", "training.batch_size=4",
         "training.turns=3", "losses.warmup_turns=1", "score.fit_turns=2",
         "training.critic_warmup_turns=1", "training.validation_samples=4", "training.device=cpu",
     ])  # fmt: skip

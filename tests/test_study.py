@@ -91,9 +91,11 @@ def test_rows_share_cache_seed_and_start_and_differ_from_the_full_method(
             assert found.training.turns == max(1, round(budget * row.turns))
             assert found.losses.warmup_turns == (found.training.turns if row.regression else 0)
             assert found.student.init is None
+            made = {f"out/runs/{fit}/score": fit for fit in study.FITS}
+            assert made.get(found.score.model) == row.score
             if row.score:
                 fit = study.recipe_of_fit(row.score, 20, Path("out"), common)
-                assert found.score.model == str(fit.run_folder / "score")
+                assert fit.run_folder / "score" == Path(f"out/runs/{row.score}/score")
                 assert fit.score.fit_turns == 20
                 assert fit.data.cache == found.data.cache
         other = recipe(study, name).model_dump() | {"name": full["name"]}

@@ -1,4 +1,4 @@
-"""Which device a recipe runs on."""
+"""Which device a recipe runs on, and what is compiled for it."""
 
 from __future__ import annotations
 

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 
 from twostep.backbones.model import read_architecture, read_shift, resolve, transformer_with
-from twostep.exports.export import ExportError, check_free, load_part
+from twostep.exports.export import ExportError, check_free, load_part, student_schedule
 from twostep.pipeline import save_student
-from twostep.sampler import read_two_step
 
 
 def average(students: Sequence[str], out: Path) -> None:
     """Writes the mean of `students` to the folder `out` (model soups, arXiv 2203.05482).
 
     For students of one teacher that began at the same weights: runs that differ in seed or settings
-    err in different ways, and their mean errs less than each. Everything but the transformers is
-    the first one's.
+    err in different ways, and their mean often errs less than each. Everything but the transformers
+    is the first one's.
 
     Raises:
         ModelError: if there are fewer than two, one is no student, or two do not fit together.
@@ -39,11 +38,11 @@ def average(students: Sequence[str], out: Path) -> None:
 
 def _kind(folder: Path) -> dict[str, Any]:
     """What students must have in common."""
-    schedule = read_two_step(folder)
-    if schedule is None:
-        raise ExportError(f"{folder} is no two-step student: it has no transformer_2")
-    architecture, shift = read_architecture(folder), read_shift(folder)
-    return {"architecture": architecture, "schedule": schedule, "time shift": shift}
+    return {
+        "architecture": read_architecture(folder),
+        "schedule": student_schedule(folder),
+        "time shift": read_shift(folder),
+    }
 
 
 def _mean(folders: Sequence[Path], part: str) -> Any:

@@ -61,9 +61,7 @@ def export(
     if target not in FORMATS:
         raise ExportError(f"to: {target!r} is unknown; allowed: {', '.join(FORMATS)}")
     folder = resolve(student)
-    schedule = read_two_step(folder)
-    if schedule is None:
-        raise ExportError(f"{folder} is no two-step student: it has no transformer_2")
+    schedule = student_schedule(folder)
     check_free(out)
     if target == "torch":
         return export_programs(student, out, size, batch_size, caption_tokens)
@@ -120,6 +118,14 @@ def _difference_in_pictures(
         f"{len(prompts)} pictures at {size[1]}x{size[0]} against the full student's, equal noise: "
         f"peak signal-to-noise ratio {ratio.mean():.1f} dB, lowest {ratio.min():.1f} dB"
     )
+
+
+def student_schedule(folder: Path) -> TwoStep:
+    """The schedule of a student's folder; raises ExportError if it is no student's."""
+    schedule = read_two_step(folder)
+    if schedule is None:
+        raise ExportError(f"{folder} is no two-step student: it has no transformer_2")
+    return schedule
 
 
 def check_free(out: Path) -> None:
