@@ -50,11 +50,11 @@ def measure(case: Case) -> dict[str, Any]:
     """Runs one case in this process."""
     import torch
 
-    from twostep.devices import pick_device
     from twostep.evaluation.latency import measure_latency
-    from twostep.evaluation.prompt_set import PromptSet
-    from twostep.rollout import seeded_noise
-    from twostep.sampler import Sampler
+    from twostep.evaluation.prompts import PromptSet
+    from twostep.inference.sampler import Sampler
+    from twostep.method.rollout import seeded_noise
+    from twostep.runtime.devices import pick_device
 
     device = pick_device(case.device)
     level = OPTIONS.index(case.option)
@@ -128,8 +128,8 @@ def write(
     steps: int,
 ) -> None:
     """The best round of each case, and each student's time relative to its teacher's."""
-    from twostep.files import write_atomically
-    from twostep.provenance import git_commit, machine
+    from twostep.runtime.files import write_atomically
+    from twostep.runtime.provenance import git_commit, machine
 
     best = {key: min(found, key=lambda f: f["total"]) for key, found in runs.items()}
     results = {

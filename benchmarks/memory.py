@@ -22,19 +22,19 @@ from typing import Annotated, Any, get_args
 import torch
 import typer
 
-from twostep.backbones.zimage import PromptBatch
-from twostep.devices import pick_device
-from twostep.evaluation.prompt_set import PromptSet
-from twostep.exports.export import export
-from twostep.files import write_atomically
-from twostep.generate import Holding
-from twostep.live_bytes import held_bytes, live_bytes
-from twostep.memory import KEPT, MODES, Memory, pack_int8, transformer_of
-from twostep.metrics import peak_signal_to_noise
+from twostep.evaluation.metrics import peak_signal_to_noise
+from twostep.evaluation.prompts import PromptSet
+from twostep.exports.registry import export
+from twostep.families.zimage import PromptBatch
+from twostep.inference.generate import Holding
+from twostep.inference.sampler import Sampler
+from twostep.method.rollout import seeded_noise
+from twostep.models.int8 import KEPT, MODES, Memory, pack_int8, transformer_of
 from twostep.planning.generation import Steps, generation_needs
-from twostep.provenance import git_commit, machine
-from twostep.rollout import seeded_noise
-from twostep.sampler import Sampler
+from twostep.runtime.devices import pick_device
+from twostep.runtime.files import write_atomically
+from twostep.runtime.memory_meter import held_bytes, live_bytes
+from twostep.runtime.provenance import git_commit, machine
 
 # What the real model is asked for, in pixels and tokens.
 REAL_SIZE, REAL_TOKENS = (1024, 1024), 128

@@ -24,19 +24,19 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from twostep.backbones.model import read_shift, unloaded_transformer
-from twostep.backbones.zimage import PromptBatch, ZImageVelocity
-from twostep.config import Recipe
-from twostep.devices import pick_device
-from twostep.files import write_atomically
-from twostep.flow import sigma_schedule
-from twostep.planning.plan import plan
-from twostep.planning.shapes import random_batch, shape_folder
-from twostep.provenance import git_commit, machine
-from twostep.roles import Roles, build_roles
-from twostep.rollout import TwoStep
-from twostep.training.draws import Draws
-from twostep.training.turns import Batch, CriticTurn, StudentTurn, Turn
+from twostep.distill.objectives.draws import Draws
+from twostep.distill.objectives.roles import Roles, build_roles
+from twostep.distill.objectives.turns import Batch, CriticTurn, StudentTurn, Turn
+from twostep.families.zimage import PromptBatch, ZImageVelocity
+from twostep.method.flow import sigma_schedule
+from twostep.method.rollout import TwoStep
+from twostep.models.folder import read_shift, unloaded_transformer
+from twostep.planning.training import plan
+from twostep.planning.weightless import random_batch, shape_folder
+from twostep.recipe.schema import Recipe
+from twostep.runtime.devices import pick_device
+from twostep.runtime.files import write_atomically
+from twostep.runtime.provenance import git_commit, machine
 
 _MATRIX = {"cuda": 8192, "cpu": 2048}
 

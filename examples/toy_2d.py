@@ -26,20 +26,20 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from twostep.flow import (
+from twostep.method.flow import (
     add_noise,
     clean_from_velocity,
     sample_sigma,
     sigma_schedule,
     velocity_target,
 )
-from twostep.losses import (
+from twostep.method.losses import (
     critic_adversarial,
     distribution_matching,
     flow_matching,
     generator_adversarial,
 )
-from twostep.rollout import TwoStep, VelocityField, euler, two_step
+from twostep.method.rollout import TwoStep, VelocityField, euler, two_step
 
 SHIFT = 3.0  # Z-Image Turbo's
 TEACHER_SIGMAS = sigma_schedule(8, SHIFT)

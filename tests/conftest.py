@@ -10,35 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import Qwen3Config, Qwen3Model
 
-from twostep.backbones.model import ZOO
-from twostep.config import Recipe
+from tiny import TEXT_WIDTH, random_transformer
+from twostep.models.folder import ZOO
+from twostep.recipe.schema import Recipe
 
 # Small networks lose time to a second thread, and pytest-xdist runs one worker per core.
 torch.set_num_threads(1)
-TEXT_WIDTH = 32
-
-
-def random_transformer(seed: int = 0) -> ZImageTransformer2DModel:
-    """3 layers, width 64; every weight random, so that no path is silently zero."""
-    torch.manual_seed(seed)
-    model = ZImageTransformer2DModel(
-        dim=64,
-        n_layers=3,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=TEXT_WIDTH,
-        in_channels=8,
-        axes_dims=[8, 12, 12],
-        axes_lens=[256, 32, 32],
-    )
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval()
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,10 @@ from transformers import AutoTokenizer, Qwen3Model
 from twostep.emoji.inspector import FEATURES, Inspector, is_right, score
 from twostep.emoji.render import load_sprites, render
 from twostep.emoji.scenes import CATEGORIES, held_out_scenes
-from twostep.evaluation.prompt_set import PromptSet
-from twostep.metrics import frechet_distance, peak_signal_to_noise
-from twostep.pictures import image_grid
-from twostep.sampler import Sampler
+from twostep.evaluation.metrics import frechet_distance, peak_signal_to_noise
+from twostep.evaluation.prompts import PromptSet
+from twostep.inference.sampler import Sampler
+from twostep.runtime.images import image_grid
 
 
 def assemble(work: Path, transformer: str, folder: Path) -> None:

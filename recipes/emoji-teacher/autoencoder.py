@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twostep.emoji.render import load_sprites, render
 from twostep.emoji.scenes import sample_training_scene
-from twostep.metrics import peak_signal_to_noise
+from twostep.evaluation.metrics import peak_signal_to_noise
 
 BATCH = 32
 # A fixed small noise on the code makes the decoder tolerant of the denoiser's errors; a learned

@@ -15,10 +15,10 @@ from timed_run import Average, TimedRun, warm_then_linear
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
-from twostep.backbones.zimage import PromptBatch, ZImageVelocity
-from twostep.devices import plain_attention
 from twostep.emoji.scenes import OBJECTS
-from twostep.flow import add_noise, guide, sample_sigma, velocity_target
+from twostep.families.zimage import PromptBatch, ZImageVelocity
+from twostep.method.flow import add_noise, guide, sample_sigma, velocity_target
+from twostep.runtime.devices import plain_attention
 
 BATCH = 48
 TEXT_WIDTH = 128

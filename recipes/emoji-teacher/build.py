@@ -19,9 +19,10 @@ from assemble import assemble, curves, measure, sheet, write_json
 from autoencoder import train_autoencoder
 from base import distil_guidance, train_base
 from dataset import encode_scenes
-from fetch import fetch_art
 from inspector_training import train_inspector
 from tokenizer import write_tokenizer
+
+from twostep.emoji.art import fetch_art
 
 # Share of the time that each training stage gets.
 SHARES = {"vae": 0.15, "inspector": 0.06, "base": 0.62, "teacher": 0.17}

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from timed_run import TimedRun, warm_then_linear
 from torch import Tensor
 
-from twostep.backbones.model import Decoder, resolve
-from twostep.metrics import peak_signal_to_noise
+from twostep.evaluation.metrics import peak_signal_to_noise
+from twostep.models.folder import Decoder, resolve
 
 BATCH = 32
 

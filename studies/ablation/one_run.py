@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from twostep.backbones.model import resolve
-from twostep.backbones.zimage import Prediction
-from twostep.config import Recipe
-from twostep.files import replace_folder, write_atomically
-from twostep.training.loop import Trainer
+from twostep.distill.trainer import Trainer
+from twostep.families.zimage import Prediction
+from twostep.models.folder import resolve
+from twostep.recipe.schema import Recipe
+from twostep.runtime.files import replace_folder, write_atomically
 
 # A call whose result is differentiated costs about two forwards more.
 _WITH_GRADIENT = 3

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from twostep.config import Recipe
+from twostep.emoji.art import fetch_art
 from twostep.emoji.render import load_sprites, render
 from twostep.emoji.scenes import training_scenes
-from twostep.files import write_atomically
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "emoji-teacher"))
+from twostep.recipe.schema import Recipe
+from twostep.runtime.files import write_atomically
 
 
 def draw_scenes(folder: Path, recipe: Recipe) -> None:
     """Writes as many scenes as the recipe has prompts, with those prompts; needs npm once."""
-    from fetch import fetch_art
-
     if (folder / "metadata.jsonl").exists():
         return
     sprites = load_sprites(fetch_art(folder.parent))

@@ -24,12 +24,12 @@ from one_run import run
 from rendered import draw_scenes
 from rows import EXTERNAL, FITS, ROWS, TABLES, Row
 
-from twostep.config import Recipe
+from twostep.data.cache.teach import teach
+from twostep.distill.monitor import read_metrics
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
-from twostep.evaluation.prompt_set import PromptSet
-from twostep.files import write_atomically
-from twostep.teach import teach
-from twostep.training.monitor import read_metrics
+from twostep.evaluation.prompts import PromptSet
+from twostep.recipe.schema import Recipe
+from twostep.runtime.files import write_atomically
 
 HERE = Path(__file__).parent
 BASE = HERE / "recipe.yaml"

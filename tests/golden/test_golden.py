@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 import torch
 
-from twostep.config import Recipe
-from twostep.pictures import to_bytes
-from twostep.rollout import seeded_noise
-from twostep.sampler import Sampler
-from twostep.teach import teach
-from twostep.training.loop import Trainer
-from twostep.training.monitor import read_metrics
+from twostep.data.cache.teach import teach
+from twostep.distill.monitor import read_metrics
+from twostep.distill.trainer import Trainer
+from twostep.inference.sampler import Sampler
+from twostep.method.rollout import seeded_noise
+from twostep.recipe.schema import Recipe
+from twostep.runtime.images import to_bytes
 
 GOLDEN = Path(__file__).with_name("golden.json")
 MODE = os.environ.get("TWOSTEP_GOLDEN", "close")

@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from twostep.evaluation.alignment import load_scorer
-from twostep.evaluation.extractors import Extractor, load_extractor
-from twostep.evaluation.image_sets import Contender, ImageSet, ImageStore, make_images
-from twostep.evaluation.judge import Evidence, Trial, figures, intervals, nested
+from twostep.evaluation.features import Extractor, load_extractor
+from twostep.evaluation.figures import Evidence, Trial, figures, intervals, nested
+from twostep.evaluation.image_store import Contender, ImageSet, ImageStore, make_images
 from twostep.evaluation.latency import measure_latency
-from twostep.evaluation.prompt_set import PromptSet
-from twostep.evaluation.report import Pair, verdict, write_report
-from twostep.files import write_atomically
-from twostep.processes import rank_and_world, wait_for
-from twostep.provenance import git_commit, machine
-from twostep.sampler import Sampler, read_schedule
+from twostep.evaluation.prompts import PromptSet
+from twostep.evaluation.report.page import Pair, verdict, write_report
+from twostep.evaluation.scorers import load_scorer
+from twostep.inference.sampler import Sampler, read_schedule
+from twostep.runtime.files import write_atomically
+from twostep.runtime.processes import rank_and_world, wait_for
+from twostep.runtime.provenance import git_commit, machine
 
 # How many columns the report's pictures have, and how many pairs it shows of each kind.
 _SHOWN, _PAIRS = 12, 8

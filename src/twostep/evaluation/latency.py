@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twostep.backbones.zimage import PromptBatch
-from twostep.live_bytes import held_bytes, live_bytes
-from twostep.rollout import VelocityField
-from twostep.sampler import Sampler
+from twostep.families.zimage import PromptBatch
+from twostep.inference.sampler import Sampler
+from twostep.method.rollout import VelocityField
+from twostep.runtime.memory_meter import held_bytes, live_bytes
 
 _WARM_UP = 1
 

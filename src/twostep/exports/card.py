@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twostep.evaluation.report import verdict
-from twostep.rollout import TwoStep
+from twostep.evaluation.report.page import verdict
+from twostep.method.rollout import TwoStep
 
 _HEAD = """---
 library_name: diffusers
@@ -33,7 +33,7 @@ image = pipe("a red fox in the snow", height=1024, width=1024).images[0]
 With the package `twostep`, which is faster and runs no code of the folder:
 
 ```python
-from twostep.pipeline import TwoStepPipeline
+from twostep.inference.pipeline import TwoStepPipeline
 
 pipe = TwoStepPipeline.from_pretrained("{name}")
 ```

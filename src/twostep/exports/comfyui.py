@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twostep.backbones.model import ModelError, read_shift
-from twostep.files import write_atomically
-from twostep.flow import sigma_schedule
-from twostep.sampler import read_two_step
+from twostep.inference.sampler import read_two_step
+from twostep.method.flow import sigma_schedule
+from twostep.models.folder import ModelError, read_shift
+from twostep.runtime.files import write_atomically
 
 _RENAMED = (
     ("all_x_embedder.2-1.", "x_embedder."),

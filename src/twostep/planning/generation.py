@@ -13,17 +13,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 
-from twostep.adapters import SharedBackbone
-from twostep.backbones.model import Decoder, LatentSpace, read_architecture, read_shift
-from twostep.backbones.zimage import PromptBatch, ZImageVelocity
-from twostep.config import Student
-from twostep.flow import sigma_schedule
-from twostep.live_bytes import held_bytes, live_bytes
-from twostep.lora_pair import STEPS, AdapterField
-from twostep.memory import Memory, pack_int8, transformer_of
-from twostep.planning.shapes import load_nothing, make_fake, shape_folder
-from twostep.rollout import TwoStep, two_step
-from twostep.sampler import Field, bind
+from twostep.families.zimage import PromptBatch, ZImageVelocity
+from twostep.inference.sampler import Field, bind
+from twostep.method.flow import sigma_schedule
+from twostep.method.rollout import TwoStep, two_step
+from twostep.models.adapters import SharedBackbone
+from twostep.models.folder import Decoder, LatentSpace, read_architecture, read_shift
+from twostep.models.int8 import Memory, pack_int8, transformer_of
+from twostep.models.lora_pair import STEPS, AdapterField
+from twostep.planning.weightless import load_nothing, make_fake, shape_folder
+from twostep.recipe.schema import Student
+from twostep.runtime.memory_meter import held_bytes, live_bytes
 
 Steps = Literal["two_sets", "lora"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from twostep.planning.plan import Plan
+from twostep.planning.training import Plan
 
 
 def tables(found: Plan) -> Iterator[Table | str]:

@@ -1,0 +1,137 @@
+"""What a teacher cache must hold: derived from the recipe alone, before any network is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from twostep.data.prompts import load_prompts
+from twostep.method.flow import sigma_schedule
+from twostep.models.folder import LatentSpace, read_shift, resolve
+from twostep.recipe.schema import Recipe, RecipeError, Size
+from twostep.runtime.files import folder_fingerprint
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Samples of one size, in one file.
+
+    Attributes:
+        size: (height, width) in pixels.
+        first: id of the first sample.
+        prompts: samples of one prompt lie side by side.
+        count: samples.
+    """
+
+    index: int
+    size: Size
+    first: int
+    prompts: list[str]
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cache's contents.
+
+    Attributes:
+        prompts: the first size's, then the second's, and so on: prompt i of the recipe's is drawn
+            in size i modulo the number of sizes.
+        sizes: (height, width) in pixels.
+    """
+
+    folder: Path
+    teacher: Path
+    shift: float
+    steps: int
+    guidance_scale: float
+    step2_sigma: float
+    prompts: list[str]
+    sizes: tuple[Size, ...]
+    samples_per_prompt: int
+    seed: int
+    prompts_per_shard: int
+
+    @staticmethod
+    def of(recipe: Recipe) -> Plan:
+        """Raises ModelError, PromptError or RecipeError for what the recipe names wrongly."""
+        folder = resolve(recipe.teacher.model)
+        shift = recipe.shift or read_shift(folder)
+        data = recipe.data
+        for height, width in data.sizes:
+            try:
+                LatentSpace.of_folder(folder).shape(height, width)
+            except ValueError as error:
+                raise RecipeError(f"data.height, width or other_sizes: {error}") from error
+        prompts = load_prompts(
+            data.prompts, data.prompt_count, data.seed, data.prompt_column, data.prompt_split
+        )
+        if len(prompts) < len(data.sizes):
+            raise RecipeError(
+                f"data.other_sizes: {len(data.sizes)} sizes need as many prompts at least, "
+                f"{data.prompts} has {len(prompts)}"
+            )
+        return Plan(
+            folder=data.cache,
+            teacher=folder,
+            shift=shift,
+            steps=recipe.teacher.steps,
+            guidance_scale=recipe.teacher.guidance_scale,
+            step2_sigma=recipe.step2_sigma or sigma_schedule(2, shift)[1],
+            prompts=[p for i in range(len(data.sizes)) for p in prompts[i :: len(data.sizes)]],
+            sizes=data.sizes,
+            samples_per_prompt=data.samples_per_prompt,
+            seed=data.seed,
+            prompts_per_shard=max(1, data.shard_size // data.samples_per_prompt),
+        )
+
+    @property
+    def sigmas(self) -> list[float]:
+        return sigma_schedule(self.steps, self.shift)
+
+    @property
+    def sample_count(self) -> int:
+        return len(self.prompts) * self.samples_per_prompt
+
+    def samples_of(self, size: int) -> range:
+        """Ids of the samples of a size, by its place in `sizes`."""
+        per_size, larger = divmod(len(self.prompts), len(self.sizes))
+        bounds = [s * per_size + min(s, larger) for s in (size, size + 1)]
+        start, end = (bound * self.samples_per_prompt for bound in bounds)
+        return range(start, end)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """In the order of their sample ids."""
+        found: list[Shard] = []
+        for place, size in enumerate(self.sizes):
+            samples = self.samples_of(place)
+            per_shard = self.prompts_per_shard * self.samples_per_prompt
+            for first in range(samples.start, samples.stop, per_shard):
+                count = min(per_shard, samples.stop - first)
+                start, end = (n // self.samples_per_prompt for n in (first, first + count))
+                found.append(Shard(len(found), size, first, self.prompts[start:end], count))
+        return found
+
+    def noise_seed(self, sample: int) -> int:
+        """Seed of a sample's initial noise."""
+        state = np.random.SeedSequence((self.seed, 1, sample)).generate_state(1, np.uint64)
+        return int(state[0] >> np.uint64(1))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the teacher's weights, the schedule, the prompts, sizes or seeds."""
+        digest = hashlib.sha256()
+        settings = [VERSION, self.sigmas, self.guidance_scale, self.step2_sigma, self.prompts]
+        settings += [self.samples_per_prompt, *(n for size in self.sizes for n in size), self.seed]
+        settings += [self.prompts_per_shard]
+        digest.update(json.dumps(settings).encode())
+        digest.update(folder_fingerprint(self.teacher).encode())
+        return digest.hexdigest()

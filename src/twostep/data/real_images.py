@@ -1,0 +1,97 @@
+"""External images as the critic's reals: the ablation of distribution-aligned learning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from twostep.models.folder import Decoder, PromptEncoder
+from twostep.recipe.schema import RecipeError
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+class ExternalReals:
+    """A folder of images, encoded once through the teacher's VAE and text encoder.
+
+    Captions come from `metadata.jsonl` in the folder, an object a line with `file_name` and `text`
+    (the layout of Hugging Face's imagefolder). Without that file the critic judges the images
+    under the student's prompts.
+
+    Args:
+        folder: images, read at any depth; each is resized and cropped to the wanted size.
+        teacher: the diffusers folder whose encoders are used.
+        size: (height, width) in pixels.
+
+    Attributes:
+        latents: (N, C, H, W), fp32.
+        embeds: N caption embeddings (tokens, D); None without captions.
+
+    Raises:
+        RecipeError: if the folder holds no image, one cannot be read, or one has no caption.
+    """
+
+    def __init__(self, folder: Path, teacher: Path, size: tuple[int, int]) -> None:
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        if not paths:
+            raise RecipeError(f"data.reals: no images (png, jpg, webp) in {str(folder)!r}")
+        captions = _captions(folder, paths)
+        decoder = Decoder.load(teacher)
+        latents = []
+        for start in range(0, len(paths), 64):
+            images = [_read(path, size) for path in paths[start : start + 64]]
+            latents.append(decoder.encode(torch.stack(images)))
+        self.latents = torch.cat(latents)
+        self.embeds: list[Tensor] | None = None
+        if captions is not None:
+            self.embeds = PromptEncoder.load(teacher).encode(captions)
+
+    def draw(self, number: int, count: int) -> tuple[Tensor, list[Tensor] | None]:
+        """Latents (count, C, H, W) and their captions' embeddings, a function of `number`."""
+        picks = np.random.default_rng((5, number)).integers(len(self.latents), size=count)
+        embeds = None if self.embeds is None else [self.embeds[i] for i in picks]
+        return self.latents[torch.from_numpy(picks)], embeds
+
+
+def _captions(folder: Path, paths: list[Path]) -> list[str] | None:
+    """One caption per image, or None if the folder has no `metadata.jsonl`."""
+    listing = folder / "metadata.jsonl"
+    if not listing.is_file():
+        return None
+    texts: dict[str, str] = {}
+    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            texts[str(entry["file_name"])] = str(entry["text"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RecipeError(
+                f"data.reals: {listing}:{number}: expected an object with file_name and text"
+            ) from error
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    for name in names:
+        if name not in texts:
+            raise RecipeError(f"data.reals: {listing} has no caption for {name!r}")
+    return [texts[name] for name in names]
+
+
+def _read(path: Path, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in -1..1, centre-cropped."""
+    height, width = size
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except OSError as error:
+        raise RecipeError(f"data.reals: {path} cannot be read as an image") from error
+    scale = max(height / rgb.height, width / rgb.width)
+    resized = rgb.resize(
+        (max(width, round(rgb.width * scale)), max(height, round(rgb.height * scale))),
+        Image.Resampling.LANCZOS,
+    )
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    pixels = np.asarray(resized.crop((left, top, left + width, top + height)), np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)

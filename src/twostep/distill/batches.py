@@ -1,0 +1,60 @@
+"""What each turn is given: samples of the cache, and the critic's reals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from twostep.data.cache.build import TeacherCache
+from twostep.data.cache.spec import Plan
+from twostep.data.real_images import ExternalReals
+from twostep.distill.objectives.turns import Batch
+from twostep.distill.order import Order
+from twostep.families.zimage import PromptBatch
+from twostep.recipe.schema import Recipe
+
+
+def order_of(cache: TeacherCache, window: int = 1) -> Order:
+    """The order in which a run reads `cache`."""
+    sizes = [cache.plan.samples_of(place) for place in range(len(cache.plan.sizes))]
+    return Order(sizes, cache.caption_lengths(), window)
+
+
+class Batches:
+    """The batches of a run, on `device`; a batch is a function of its number and a seed."""
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, cache: TeacherCache, device: torch.device
+    ) -> None:
+        self.size, self.cache, self.device = recipe.training.batch_size, cache, device
+        self.order = order_of(cache, recipe.data.caption_window)
+        self.reals: dict[tuple[int, ...], ExternalReals] = {}
+        if recipe.data.reals != "teacher":
+            for size in recipe.data.sizes:
+                external = ExternalReals(Path(recipe.data.reals), plan.teacher, size)
+                self.reals[external.latents.shape[1:]] = external
+        self.empty = PromptBatch.collate([cache.empty_embeds], device)
+
+    def read(self, number: int, seed: int, rows: slice | None = None) -> Batch:
+        """The rows of one batch; all of them if None."""
+        rows = rows or slice(0, self.size)
+        samples = self.cache.read(self.order.batch(number, self.size, seed)[rows])
+        latents = samples.latents.to(self.device)
+        prompts = PromptBatch.collate(samples.embeds, self.device)
+        reals, real_prompts = latents, prompts
+        if self.reals:
+            drawn, embeds = self.reals[latents.shape[1:]].draw(number, self.size)
+            reals = drawn[rows].to(self.device)
+            if embeds is not None:
+                real_prompts = PromptBatch.collate(embeds[rows], self.device)
+        trajectory = samples.trajectory
+        return Batch(
+            noise=samples.noise.to(self.device),
+            latents=latents,
+            trajectory=None if trajectory is None else trajectory.to(self.device),
+            reals=reals,
+            real_prompts=real_prompts,
+            prompts=prompts,
+            empty=self.empty.expand(len(latents)),
+        )

@@ -1,0 +1,182 @@
+"""Checkpoints: everything a run needs to go on, in safetensors and JSON, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twostep.distill.ema import Ema
+from twostep.distill.optimizers import make_states
+from twostep.distill.tensor_files import (
+    load_tensors,
+    save_in_background,
+    save_tensors,
+    stored_names,
+)
+from twostep.errors import UserError
+from twostep.runtime.distributed import World
+
+_NAME = re.compile(r"(fit|turn)-(\d{7})$")
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that cannot be read; the message names it."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Randomness and data order follow from the turns (see `draws.py`)."""
+
+    score_turn: int = 0
+    turn: int = 0
+    critic_turn: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_score: float | None = None
+    best_turn: int | None = None
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint without its name yet; `future` is None once its tensors are written."""
+
+    temporary: Path
+    target: Path
+    keep: int
+    future: Future[Any] | None
+
+    def is_done(self) -> bool:
+        return self.future is None or self.future.done()
+
+    def commit(self) -> None:
+        for path in (*self.temporary.iterdir(), self.temporary):
+            _sync(path)
+        shutil.rmtree(self.target, ignore_errors=True)
+        os.replace(self.temporary, self.target)
+        for old in list_checkpoints(self.target.parent)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+@dataclass
+class TrainingState:
+    """All that changes while training."""
+
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    ema: Ema
+    progress: Progress
+    _writing: _Writing | None = None
+
+    def save(self, folder: Path, keep: int, world: World, background: bool = False) -> Path:
+        """Writes `folder/turn-NNNNNNN`, then removes all but the last `keep` checkpoints.
+
+        While the score is fitted, before the first turn, its name is `fit-NNNNNNN`.
+        Among several processes each writes its part; all must call it.
+
+        Args:
+            background: copy the tensors and write while training goes on; the checkpoint gets its
+                name with the first call of `settle` after that.
+        """
+        self.settle(world, wait=True)
+        progress = self.progress
+        name = f"turn-{progress.turn:07d}" if progress.turn else f"fit-{progress.score_turn:07d}"
+        target = folder / name
+        temporary = folder / f".{target.name}.tmp"
+        if world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            record = {
+                "progress": asdict(self.progress),
+                "ema_updates": self.ema.updates,
+                "optimizer_groups": {
+                    name: optimizer.state_dict()["param_groups"]
+                    for name, optimizer in self.optimizers.items()
+                },
+            }
+            (temporary / "state.json").write_text(json.dumps(record, indent=1))
+        world.wait()
+        start = save_in_background if background else save_tensors
+        written = start(self._tensors(), temporary, "state.safetensors", world)
+        self._writing = _Writing(temporary, target, keep, written)
+        if not background:
+            self.settle(world, wait=True)
+        return target
+
+    def settle(self, world: World, wait: bool = False) -> None:
+        """Gives a checkpoint that is written by now its name.
+
+        Args:
+            wait: for one that is still being written; all processes must call it then.
+        """
+        writing = self._writing
+        if writing is not None and (wait or writing.is_done()):
+            self._writing = None
+            if writing.future is not None:
+                writing.future.result()
+            if world.is_first:
+                writing.commit()
+        if wait:
+            world.wait()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, the live ones."""
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            for key, value in module.state_dict().items():
+                tensors[f"module/{name}/{key}"] = value
+        for name, optimizer in self.optimizers.items():
+            for index, values in optimizer.state_dict()["state"].items():
+                for key, value in values.items():
+                    tensors[f"optimizer/{name}/{index}/{key}"] = value
+        for index, value in enumerate(self.ema.values):
+            tensors[f"ema/{index}"] = value
+        return tensors
+
+    def load(self, checkpoint: Path) -> None:
+        """Restores everything in place, whatever the number of processes that wrote it.
+
+        Raises:
+            CheckpointError: if it is damaged or belongs to another recipe.
+        """
+        try:
+            record = json.loads((checkpoint / "state.json").read_text())
+            names = stored_names(checkpoint)
+            for name, optimizer in self.optimizers.items():
+                make_states(optimizer, f"optimizer/{name}/", names)
+                for group, saved in zip(
+                    optimizer.param_groups, record["optimizer_groups"][name], strict=True
+                ):
+                    group.update({k: v for k, v in saved.items() if k != "params"})
+            tensors = self._tensors()
+            if tensors.keys() != names:
+                raise ValueError(f"it holds other tensors: {sorted(tensors.keys() ^ names)[:3]}")
+            load_tensors(tensors, checkpoint)
+            self.ema.updates = record["ema_updates"]
+            self.progress.__dict__.update(record["progress"])
+        except Exception as error:
+            raise CheckpointError(f"{checkpoint} cannot be resumed: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first; half-written ones are not among them."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.match(p.name))

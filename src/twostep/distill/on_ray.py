@@ -1,0 +1,68 @@
+"""`distill` on the workers of a Ray cluster, as torchrun would start them on one machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from twostep.data.cache.spec import Plan
+from twostep.data.cache.teach import teach
+from twostep.distill.trainer import Trainer
+from twostep.errors import UserError
+from twostep.recipe.schema import Recipe
+
+
+class RayError(UserError, RuntimeError):
+    """Ray is not there, or its run failed."""
+
+
+def distill_on_ray(recipe: Recipe, workers: int) -> Path:
+    """Builds the cache and trains on `workers` processes, a GPU each where the cluster has GPUs.
+
+    Connects to the cluster that RAY_ADDRESS names, or starts one on this machine. All machines must
+    see this folder under the same path. A worker that dies makes Ray start all of them again, three
+    times at most; they go on from the last checkpoint.
+
+    Raises:
+        RecipeError, ModelError, PromptError: for what the recipe names wrongly.
+        RayError: without `pip install "twostep[ray]"`, or when the run failed.
+    """
+    Plan.of(recipe)  # what the recipe names wrongly is told here, not by a worker
+    # Ray would build an environment of its own for each worker when it is itself run by uv.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    try:
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ImportError as error:
+        raise RayError(f'--ray needs an extra: pip install "twostep[ray]" ({error})') from error
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=True)
+    gpus = recipe.training.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"recipe": recipe.to_yaml(), "folder": os.getcwd()},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+        # gloo beside NCCL serves what lives on the CPU: offloaded weights and checkpoints.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        run_config=RunConfig(
+            name=recipe.name,
+            storage_path=str((recipe.run_folder / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=3),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise RayError(f"the run on Ray failed: {error}") from error
+    return recipe.run_folder / "student"
+
+
+def _work(settings: dict[str, Any]) -> None:
+    os.chdir(settings["folder"])
+    recipe = Recipe.parse(yaml.safe_load(settings["recipe"]))
+    teach(recipe)
+    Trainer(recipe).train()

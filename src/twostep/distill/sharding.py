@@ -1,0 +1,89 @@
+"""Weights split over processes by FSDP2: each holds a part, blocks are put together as they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from twostep.families.zimage import ZImageVelocity
+from twostep.models.folder import transformer_with, unloaded_transformer
+from twostep.recipe.schema import Recipe, RecipeError
+from twostep.runtime.distributed import World, whole
+
+
+class Sharder:
+    """Loads models whose weights are split over the processes of `world`.
+
+    Raises:
+        RecipeError: if `distributed.shard_size` does not divide the number of processes.
+    """
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        settings = recipe.distributed
+        self.mesh = _mesh(world, settings.shard_size)
+        on_cuda = world.device.type == "cuda"
+        # Blocks are gathered in the type they compute in. Inputs are not cast: a noise level
+        # rounded to bf16 is another noise level.
+        self.policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if on_cuda and recipe.training.autocast else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        # Pinned memory is for copies to a GPU; torch refuses to pin any without one.
+        offload = CPUOffloadPolicy(pin_memory=on_cuda)
+        self.offload = offload if settings.cpu_offload else OffloadPolicy()
+        self.device = torch.device("cpu") if settings.cpu_offload else world.device
+
+    def load(
+        self, folder: Path, part: str = "transformer", dtype: torch.dtype = torch.float32
+    ) -> ZImageVelocity:
+        """The folder's transformer; each process reads its own part of the files."""
+        with torch.device("meta"):
+            transformer = unloaded_transformer(folder, part, dtype)
+        model = ZImageVelocity(transformer).eval()
+        blocks = [*transformer.layers, *transformer.noise_refiner, *transformer.context_refiner]
+        for module in (*blocks, model):
+            fully_shard(
+                module,
+                mesh=self.mesh,
+                mp_policy=self.policy,
+                offload_policy=self.offload,
+                # For the root too: weights that stayed whole after a forward without a backward
+                # would miss the next update.
+                reshard_after_forward=True,
+            )
+        transformer.to_empty(device=self.device)
+        state = transformer.state_dict()
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / part)))
+        transformer.load_state_dict(state)
+        return model
+
+
+def _mesh(world: World, shard_size: int | None) -> DeviceMesh:
+    size = shard_size or world.size
+    if world.size % size:
+        raise RecipeError(
+            f"distributed.shard_size: {size} does not divide the {world.size} processes"
+        )
+    kind = world.device.type
+    if size == world.size:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    names = ("replicate", "shard")
+    return init_device_mesh(kind, (world.size // size, size), mesh_dim_names=names)
+
+
+def whole_transformer(transformer: nn.Module) -> nn.Module:
+    """A transformer, sharded or not, as an ordinary one on CPU. For all processes."""
+    weights = {key: whole(value).cpu() for key, value in transformer.state_dict().items()}
+    result: nn.Module = transformer_with(transformer, weights)
+    return result

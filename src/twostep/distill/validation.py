@@ -1,0 +1,153 @@
+"""Watches a student while it trains: against the teacher, at equal noise, in the teacher's eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twostep.data.cache.build import TeacherCache
+from twostep.distill.batches import order_of
+from twostep.distill.objectives.roles import Roles, bind_role
+from twostep.evaluation.metrics import kernel_distance, pairwise_diversity
+from twostep.families.zimage import PromptBatch, ZImageVelocity
+from twostep.inference.sampler import transition_noise
+from twostep.method.flow import add_noise, sigma_schedule
+from twostep.method.rollout import Rollout, TwoStep, euler, guided, seeded_noise, two_step
+from twostep.recipe.schema import Recipe
+from twostep.runtime.distributed import World
+
+# Nearly clean: the features must see the picture, yet stay where the teacher was trained.
+_FEATURE_SIGMA = 0.1
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One look at the student; distances and ratios, see `Validator.measure`."""
+
+    rollout: Rollout
+    metrics: dict[str, float]
+
+
+class Validator:
+    """Fixed prompts, of the recipe's first size, and noise that training never uses.
+
+    Two seeds a prompt.
+
+    Several processes share the images and then all know all of them.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        roles: Roles,
+        cache: TeacherCache,
+        schedule: TwoStep,
+        shift: float,
+        device: torch.device,
+        world: World,
+    ) -> None:
+        self.recipe, self.roles, self.schedule, self.device = recipe, roles, schedule, device
+        self.world = world
+        available = 2 * len(cache.plan.samples_of(0))
+        count = min(recipe.training.validation_samples, available) // 2 * 2
+        order, seed = order_of(cache), recipe.training.seed + 1
+        samples = cache.read(order.of_size(0, 0, count // 2, seed))
+        self.prompts = samples.prompts * 2
+        self.embeds = samples.embeds * 2
+        self.groups = torch.arange(count // 2).repeat(2)
+        state = np.random.SeedSequence((recipe.data.seed, 4))
+        seeds = [int(s) for s in state.generate_state(2 * count, np.uint32)]
+        shape = (samples.latents.shape[1], samples.latents.shape[2], samples.latents.shape[3])
+        self.noise = seeded_noise(seeds[:count], shape)
+        self.feature_noise = seeded_noise(seeds[count:], shape)
+        self.empty = cache.empty_embeds
+        sigmas = sigma_schedule(recipe.teacher.steps, shift)
+        self.teacher_latents = self._teacher(sigmas)
+        self.naive_latents = self._teacher(sigma_schedule(2, shift))
+        # Distances are to teacher images of other prompts and noise, where the cache has them:
+        # a student is to match a distribution, and the estimator takes pairs that share either
+        # for more than equality.
+        others = cache.read(order.of_size(0, 0, 3 * count // 2, seed)[-count:])
+        self.reference = self._features(others.latents, others.embeds)
+        teacher_features = self._features(self.teacher_latents, self.embeds)
+        self.teacher_diversity = pairwise_diversity(teacher_features, self.groups)
+
+    @torch.no_grad()
+    def _teacher(self, sigmas: list[float]) -> Tensor:
+        parts = []
+        for rows in self._parts(len(self.noise)):
+            prompts = self._prompts(self.embeds, rows)
+            scale = self.recipe.teacher.guidance_scale
+            empty = PromptBatch.collate([self.empty], self.device).expand(len(rows))
+            field = guided(
+                bind_role(self.roles.teacher, prompts), bind_role(self.roles.teacher, empty), scale
+            )
+            parts.append(euler(field, self.noise[rows].to(self.device), sigmas))
+        return self.world.gather(torch.cat(parts), len(self.noise))
+
+    def _parts(self, count: int) -> Sequence[Tensor]:
+        """Batches of this process's share of `count` rows."""
+        return torch.tensor(self.world.share(count)).split(_BATCH)
+
+    def _prompts(self, embeds: list[Tensor], rows: Tensor) -> PromptBatch:
+        return PromptBatch.collate([embeds[i] for i in rows.tolist()], self.device)
+
+    @torch.no_grad()
+    def student(self) -> Rollout:
+        """The student's rollout from the validation noise, on CPU."""
+        parts = []
+        for rows in self._parts(len(self.noise)):
+            prompts = self._prompts(self.embeds, rows)
+            noise = self.noise[rows].to(self.device)
+            fresh = transition_noise(noise) if self.schedule.transition == "renoise" else None
+            first, second = (bind_role(r, prompts) for r in (self.roles.first, self.roles.second))
+            parts.append(two_step(first, second, noise, self.schedule, transition_noise=fresh))
+        return Rollout(
+            *(
+                self.world.gather(torch.cat([getattr(p, n) for p in parts]), len(self.noise))
+                for n in ("clean1", "latents2", "clean2")
+            )
+        )
+
+    @torch.no_grad()
+    def _features(self, latents: Tensor, embeds: list[Tensor]) -> Tensor:
+        """Mean and spread over tokens of the teacher's middle hidden states, fp64 (N, 2 * dim)."""
+        model: ZImageVelocity = self.roles.teacher.model
+        parts = []
+        for rows in self._parts(len(latents)):
+            noisy = add_noise(latents[rows], self.feature_noise[rows], _FEATURE_SIGMA)
+            sigma = torch.full((len(rows),), _FEATURE_SIGMA, device=self.device)
+            taps = (model.depth // 2,)
+            out = self.roles.teacher(
+                noisy.to(self.device), sigma, self._prompts(embeds, rows), taps
+            )
+            hidden = out.hidden[0].double()
+            parts.append(torch.cat([hidden.mean(1), hidden.std(1)], dim=1))
+        return self.world.gather(torch.cat(parts), len(latents))
+
+    def measure(self) -> Validation:
+        """Compares the student as it is now with the teacher.
+
+        `kernel_distance`: to cached teacher images of other prompts (0 on average when equal).
+        `step1_distance`: the same for the step-1 preview. `diversity`: spread over seeds, as a
+        ratio to the teacher's. `latents_std`: ratio to the teacher's. `latents_mean`: shift in
+        the teacher's standard deviations.
+        """
+        rollout = self.student()
+        features = self._features(rollout.clean2, self.embeds)
+        teacher = self.teacher_latents
+        metrics = {
+            "kernel_distance": kernel_distance(features, self.reference),
+            "step1_distance": kernel_distance(
+                self._features(rollout.clean1, self.embeds), self.reference
+            ),
+            "diversity": pairwise_diversity(features, self.groups) / self.teacher_diversity,
+            "latents_std": (rollout.clean2.std() / teacher.std()).item(),
+            "latents_mean": ((rollout.clean2.mean() - teacher.mean()) / teacher.std()).item(),
+        }
+        return Validation(rollout, metrics)

@@ -1,0 +1,153 @@
+"""Figures of a set of images against the teacher's, with intervals from random halves.
+
+A figure's interval is 1.96 standard deviations of the same figure over random halves of the
+prompts (delete-half jackknife; Shao and Wu 1989). Unlike the bootstrap's, a half holds no image
+twice, which distances between nearest neighbours and unbiased kernel distances do not survive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twostep.evaluation.metrics import (
+    frechet_distance,
+    gap_closed,
+    gaussian_distance,
+    kernel_distance,
+    neighbourhoods,
+    paired_distance,
+    pairwise_diversity,
+    vendi_score,
+)
+
+_NEIGHBOURS = 5
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was seen in a set of images, a row per image.
+
+    Attributes:
+        features: (N, D).
+        scores: (N,) each, NaN where a score does not apply.
+    """
+
+    features: Tensor
+    scores: Mapping[str, Tensor]
+
+    def take(self, rows: Tensor) -> Evidence:
+        return Evidence(self.features[rows], {k: v[rows] for k, v in self.scores.items()})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All sets of a comparison, rows aligned by prompt and seed.
+
+    Attributes:
+        groups: (N,) which images share a prompt.
+        reference: the teacher's second set, from other noise.
+        teacher: the teacher's images from the common noise.
+        sets: every contender, the teacher and `naive` among them, and students' previews.
+        naive: key of the teacher's weights at the student's number of steps; None without.
+        floor: key of the teacher in `sets`.
+    """
+
+    groups: Tensor
+    reference: Evidence
+    teacher: Evidence
+    sets: Mapping[str, Evidence]
+    floor: str
+    naive: str | None
+
+    def take(self, rows: Tensor) -> Trial:
+        return Trial(
+            self.groups[rows],
+            self.reference.take(rows),
+            self.teacher.take(rows),
+            {key: evidence.take(rows) for key, evidence in self.sets.items()},
+            self.floor,
+            self.naive,
+        )
+
+
+def figures(trial: Trial) -> dict[str, dict[str, float]]:
+    """Flat figures per set.
+
+    `frechet_to_teacher`, `kernel_to_teacher` and `gaussian_to_teacher` (distances to the
+    reference), `precision`, `recall`, `density`, `coverage`, `diversity` and `vendi` (relative to
+    the teacher's), `paired_distance` (to the teacher's image of the same noise), means of the
+    scores, and `gap_closed` where there is a gap.
+    """
+    reference, teacher = trial.reference.features, trial.teacher.features
+    spread = pairwise_diversity(teacher, trial.groups)
+    variety = vendi_score(teacher)
+    result: dict[str, dict[str, float]] = {}
+    for key, evidence in trial.sets.items():
+        features = evidence.features
+        values = {
+            "frechet_to_teacher": frechet_distance(features, reference),
+            "kernel_to_teacher": kernel_distance(features, reference, trial.groups),
+            "gaussian_to_teacher": gaussian_distance(features, reference, trial.groups),
+            "diversity": pairwise_diversity(features, trial.groups) / spread,
+            "vendi": vendi_score(features) / variety,
+            "paired_distance": paired_distance(features, teacher).mean().item(),
+        }
+        if len(features) > _NEIGHBOURS:
+            values |= asdict(neighbourhoods(features, reference, _NEIGHBOURS))
+        values |= {name: score.nanmean().item() for name, score in evidence.scores.items()}
+        result[key] = values
+    if trial.naive is not None:
+        floor = result[trial.floor]["frechet_to_teacher"]
+        naive = result[trial.naive]["frechet_to_teacher"]
+        for key, values in result.items():
+            if naive > floor and key not in (trial.floor, trial.naive):
+                values["gap_closed"] = gap_closed(values["frechet_to_teacher"], naive, floor)
+    return result
+
+
+def intervals(trial: Trial, halves: int, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Half-widths of 95% intervals, for every figure of `figures(trial)`.
+
+    Args:
+        halves: random halves of the prompts; 0 for none.
+    """
+    collected: dict[str, dict[str, list[float]]] = {}
+    for rows in _halves(trial.groups, halves, seed):
+        for key, values in figures(trial.take(rows)).items():
+            for name, value in values.items():
+                collected.setdefault(key, {}).setdefault(name, []).append(value)
+    return {
+        key: {
+            name: 1.96 * float(np.std(numbers, ddof=1))
+            for name, numbers in values.items()
+            if len(numbers) > 1 and all(math.isfinite(n) for n in numbers)
+        }
+        for key, values in collected.items()
+    }
+
+
+def _halves(groups: Tensor, count: int, seed: int) -> Iterator[Tensor]:
+    """Rows of a random half of the groups, `count` times."""
+    names = groups.unique()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count if len(names) >= 4 else 0):
+        chosen = names[torch.randperm(len(names), generator=generator)[: len(names) // 2]]
+        yield torch.nonzero(torch.isin(groups, chosen))[:, 0]
+
+
+def nested(flat: Mapping[str, float]) -> dict[str, Any]:
+    """`{"accuracy.overall": 1}` as `{"accuracy": {"overall": 1}}`; NaN left out."""
+    result: dict[str, Any] = {}
+    for name, value in flat.items():
+        if math.isnan(value):
+            continue
+        section, _, leaf = name.rpartition(".")
+        (result.setdefault(section, {}) if section else result)[leaf] = value
+    return result

@@ -1,0 +1,148 @@
+"""A model's images on disk, as 8-bit pixels: made once, resumable, shared by processes.
+
+A set is a folder with one `part-00000.safetensors` for every `_PART` images: `images` and, for a
+student, `previews` (what step 1 points to), uint8 (B, 3, H, W). The file's metadata says what it
+was made with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twostep.evaluation.prompts import PromptSet
+from twostep.inference.sampler import Sampler, fingerprint
+from twostep.runtime.files import write_atomically
+from twostep.runtime.images import to_bytes
+
+_PART = 64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that is compared.
+
+    Attributes:
+        key: its name in the figures, ending in its number of steps, e.g. `student_2`.
+        model: a folder, `zoo:NAME` or a hub id.
+        steps: Euler steps; None for a two-step student.
+        guidance_scale: 0 is none.
+        reference: starts from the reference set's own noise.
+    """
+
+    key: str
+    model: str
+    steps: int | None = None
+    guidance_scale: float = 0.0
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (N, 3, H, W) in -1..1, and a student's step-1 previews."""
+
+    images: Tensor
+    previews: Tensor | None
+
+
+class ImageStore:
+    """One contender's folder of parts.
+
+    Args:
+        size: (height, width) in pixels.
+    """
+
+    def __init__(
+        self, folder: Path, contender: Contender, prompts: PromptSet, size: tuple[int, int]
+    ) -> None:
+        self.folder, self.contender, self.prompts, self.size = folder, contender, prompts, size
+        weights = fingerprint(contender.model)
+        settings = [contender.steps, contender.guidance_scale, contender.reference, *size]
+        text = json.dumps([weights, settings, prompts.fingerprint, _PART])
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def parts(self) -> list[slice]:
+        """The images of each part."""
+        total = len(self.prompts)
+        return [slice(i, min(i + _PART, total)) for i in range(0, total, _PART)]
+
+    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
+        """Parts still to be made by process `rank` of `world`."""
+        return [i for i in range(rank, len(self.parts), world) if not self._is_there(i)]
+
+    def make(self, sampler: Sampler, part: int) -> None:
+        """Makes one part."""
+        rows = self.parts[part]
+        noise = self.prompts.noise(rows, sampler.noise_shape(*self.size), self.contender.reference)
+        sample = sampler.sample(
+            self.prompts.captions[rows],
+            noise,
+            self.contender.steps,
+            self.contender.guidance_scale,
+        )
+        tensors = {"images": to_bytes(sampler.decoder.decode(sample.latents))}
+        if sample.preview is not None:
+            tensors["previews"] = to_bytes(sampler.decoder.decode(sample.preview))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"fingerprint": self.fingerprint}
+        write_atomically(self._path(part), lambda p: save_file(tensors, p, metadata))
+
+    def read(self) -> ImageSet:
+        """All the images, once no part is missing."""
+        images, previews = [], []
+        for part in range(len(self.parts)):
+            with safe_open(self._path(part), "pt") as file:
+                images.append(file.get_tensor("images"))
+                if "previews" in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    previews.append(file.get_tensor("previews"))
+        return ImageSet(
+            _to_floats(torch.cat(images)), _to_floats(torch.cat(previews)) if previews else None
+        )
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.safetensors"
+
+    def _is_there(self, part: int) -> bool:
+        path = self._path(part)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                return (file.metadata() or {}).get("fingerprint") == self.fingerprint
+        except (SafetensorError, OSError):
+            return False  # torn or foreign: made again
+
+
+def make_images(
+    store: ImageStore,
+    load: Callable[[], Sampler],
+    rank: int = 0,
+    world: int = 1,
+    on_images: Callable[[int], None] | None = None,
+) -> None:
+    """Makes what is missing of `store`; `load` is called only if something is.
+
+    Args:
+        on_images: told how many images each part (or found part) added.
+    """
+    missing = store.missing(rank, world)
+    sampler = load() if missing else None
+    for part in range(rank, len(store.parts), world):
+        rows = store.parts[part]
+        if sampler is not None and part in missing:
+            store.make(sampler, part)
+        if on_images:
+            on_images(rows.stop - rows.start)
+
+
+def _to_floats(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1

@@ -1,0 +1,88 @@
+"""Exports a student's steps as `torch.export` programs, for one size, batch and caption length.
+
+ONNX is left out: its exporter (torch 2.13) has no complex numbers, which Z-Image's rotary factors
+are made of (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from twostep.families.zimage import SEQUENCE_MULTIPLE, PromptBatch
+from twostep.inference.sampler import Field, Sampler
+from twostep.method.rollout import TwoStep
+from twostep.models.folder import ModelError
+from twostep.models.lora_pair import STEPS
+from twostep.runtime.files import write_atomically
+
+
+class Step(nn.Module):
+    """A velocity field whose prompts are plain tensors, all in one bucket."""
+
+    def __init__(self, field: Field) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, latents: Tensor, sigma: Tensor, embeds: Tensor, lengths: Tensor) -> Tensor:
+        velocity: Tensor = self.field(latents, sigma, PromptBatch(embeds, lengths, True)).velocity
+        return velocity
+
+
+@torch.no_grad()
+def export_programs(
+    student: str, out: Path, size: tuple[int, int], batch_size: int, caption_tokens: int
+) -> list[str]:
+    """Writes `first.pt2`, `second.pt2` and `program.json`, which says what goes in and out.
+
+    Args:
+        size: (height, width) in pixels.
+        caption_tokens: what captions are padded to.
+
+    Raises:
+        ModelError: for a size or a caption length that the model does not take.
+    """
+    if caption_tokens < SEQUENCE_MULTIPLE or caption_tokens % SEQUENCE_MULTIPLE:
+        raise ModelError(
+            f"caption_tokens: must be a positive multiple of {SEQUENCE_MULTIPLE}, "
+            f"got {caption_tokens}"
+        )
+    sampler = Sampler.load(student)
+    assert sampler.schedule is not None  # the caller has checked
+    assert sampler.second is not None
+    try:
+        shape = (batch_size, *sampler.noise_shape(*size))
+    except ValueError as error:
+        raise ModelError(f"size: {error}") from error
+    width = int(sampler.encoder.text_encoder.config.hidden_size)
+    example = (
+        torch.zeros(shape),
+        torch.ones(batch_size),
+        torch.zeros(batch_size, caption_tokens, width),
+        torch.full((batch_size,), caption_tokens),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, field in zip(STEPS, (sampler.field, sampler.second), strict=True):
+        program = torch.export.export(Step(field).eval(), example)
+        write_atomically(out / f"{name}.pt2", partial(torch.export.save, program))
+    text = json.dumps(_description(sampler.schedule, example), indent=1) + "\n"
+    write_atomically(out / "program.json", lambda p: p.write_text(text, encoding="utf-8"))
+    return [f"inputs {', '.join(str(tuple(t.shape)) for t in example)}, for nothing else"]
+
+
+def _description(schedule: TwoStep, example: tuple[Tensor, ...]) -> dict[str, object]:
+    names = ("latents", "sigma", "prompt_embeds", "lengths")
+    return {
+        "inputs": {
+            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            for name, tensor in zip(names, example, strict=True)
+        },
+        "output": "velocity, shaped as latents; clean = latents - sigma * velocity",
+        "prompt_embeds": "zeros after each caption's end, which `lengths` gives",
+        "sigma": {"first": 1.0, "second": schedule.step2_sigma},
+        "transition": schedule.transition,
+    }

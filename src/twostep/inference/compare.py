@@ -1,0 +1,74 @@
+"""Models side by side: the same prompts, the same noise, a row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from twostep.inference.generate import InputError, check_prompts, load_sampler
+from twostep.method.rollout import seeded_noise
+from twostep.runtime.files import write_atomically
+from twostep.runtime.images import labelled_rows, to_pil
+
+
+def parse_model(text: str) -> tuple[str, int | None]:
+    """(model, steps) from "MODEL" or "MODEL@STEPS".
+
+    Raises:
+        InputError: if what follows the last @ is no positive number.
+    """
+    model, at, steps = text.rpartition("@")
+    if not at:
+        return text, None
+    if not steps.isdecimal() or int(steps) < 1:
+        raise InputError(f"model: expected MODEL or MODEL@STEPS, got {text!r}")
+    return model, int(steps)
+
+
+def compare(
+    models: Sequence[str],
+    prompts: Sequence[str],
+    out: Path,
+    seed: int = 0,
+    count: int = 1,
+    size: tuple[int, int] = (64, 64),
+    preview: bool = False,
+    device: str = "cpu",
+) -> Path:
+    """Writes one picture: a column per prompt and seed, a row per model at equal noise.
+
+    Args:
+        models: folders, `zoo:NAME` or hub ids; `MODEL@STEPS` for other steps than a teacher's 8.
+        seed, count: seeds of each prompt, `seed` and up.
+        preview: a row more for each student, of what its step 1 points to.
+
+    Raises:
+        InputError, ModelError: for what cannot be used.
+    """
+    check_prompts(prompts)
+    if out.suffix != ".png":
+        raise InputError(f"out: expected a .png file, got {out}")
+    pairs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
+    captions = [prompt for prompt, _ in pairs]
+    rows: dict[str, list[Image.Image]] = {}
+    for text in models:
+        model, steps = parse_model(text)
+        sampler = load_sampler(model, size, steps, device)
+        noise = seeded_noise([number for _, number in pairs], sampler.noise_shape(*size))
+        sample = sampler.sample(captions, noise, steps)
+        name = Path(model.removeprefix("zoo:")).name
+        used = sampler.count_steps(steps)
+        if preview and sample.preview is not None:
+            images = sampler.decoder.decode(sample.preview)
+            rows[f"{name}, preview after step 1"] = [to_pil(image) for image in images]
+        images = sampler.decoder.decode(sample.latents)
+        label = f"{name}, {used} step{'s' if used > 1 else ''}"
+        if label in rows:
+            raise InputError(f"model: two rows would be called {label!r}")
+        rows[label] = [to_pil(image) for image in images]
+    picture = labelled_rows(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda path: picture.save(path, format="PNG"))
+    return out

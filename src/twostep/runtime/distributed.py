@@ -1,0 +1,137 @@
+"""The processes of one training run, as torchrun starts them; one process alone needs none of it.
+
+Every process runs the same turns on its own rows of each batch. What a turn computes is a function
+of the batch, not of how many processes share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from twostep.recipe.schema import RecipeError
+from twostep.runtime.processes import rank_and_world
+
+
+class World:
+    """This process among its fellows.
+
+    Args:
+        device: this process's own; decides between NCCL and gloo.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size = rank_and_world()
+        self.device = device
+        self._background: dist.ProcessGroup | None = None
+        if self.size > 1 and not dist.is_initialized():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            # gloo beside NCCL serves what lives on the CPU: offloaded weights and checkpoints.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, batch_size: int, micro_batch: int | None) -> list[slice]:
+        """This process's rows of a batch, as equal micro-batches.
+
+        Raises:
+            RecipeError: if the batch cannot be divided so.
+        """
+        own, size = divide_batch(batch_size, self.size, micro_batch)
+        first = self.rank * own
+        return [slice(i, i + size) for i in range(first, first + own, size)]
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each scalar's mean over the processes."""
+        if self.size == 1 or not values:
+            return dict(values)
+        stacked = torch.stack([v.detach().float() for v in values.values()])
+        dist.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.size).unbind(), strict=True))
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Averages the gradients of parameters that every process holds whole.
+
+        Sharded parameters' gradients are averaged as they are reduced.
+        """
+        if self.size == 1:
+            return
+        gradients = [
+            p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)
+        ]
+        if gradients:
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            flat /= self.size
+            for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(part.view_as(g))
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Each value's maximum over the processes: what all of them act on."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
+
+    def share(self, count: int) -> list[int]:
+        """This process's part of `count` rows, as many for every process: some get one twice."""
+        each = -(-count // self.size)
+        return [(self.rank * each + i) % count for i in range(each)]
+
+    def gather(self, share: Tensor, count: int) -> Tensor:
+        """All `count` rows, from every process's `share`, on CPU."""
+        if self.size == 1:
+            return share.cpu()
+        parts = [torch.empty_like(share, device="cpu") for _ in range(self.size)]
+        dist.all_gather(parts, share.cpu().contiguous())
+        return torch.cat(parts)[:count]
+
+    def background_group(self) -> dist.ProcessGroup:
+        """A group for what runs beside training; the first call is for every process."""
+        if self._background is None:
+            self._background = dist.new_group(backend="gloo")
+        return self._background
+
+    def wait(self) -> None:
+        """Until every process has come this far."""
+        if self.size > 1:
+            # A reduction on the CPU rather than a barrier, which NCCL would run on some GPU.
+            dist.all_reduce(torch.zeros(1))
+
+    def leave(self) -> None:
+        """Ends what joining began; the process may not train on."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def divide_batch(batch_size: int, processes: int, micro_batch: int | None) -> tuple[int, int]:
+    """The samples of each process, and of each of its micro-batches.
+
+    Raises:
+        RecipeError: if the batch cannot be divided so.
+    """
+    own, rest = divmod(batch_size, processes)
+    if rest or not own:
+        raise RecipeError(
+            f"training.batch_size: {batch_size} cannot be divided among {processes} processes"
+        )
+    size = min(micro_batch or own, own)
+    if own % size:
+        raise RecipeError(
+            f"training.micro_batch: {micro_batch} does not divide the {own} samples of each "
+            f"process (training.batch_size {batch_size}, {processes} processes)"
+        )
+    return own, size
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from twostep.data.cache.build import CacheError, TeacherCache, build
+from twostep.data.cache.spec import Plan
+from twostep.data.cache.teach import teach
+from twostep.data.prompts import PromptError, load_prompts
+from twostep.distill.batches import order_of
+from twostep.distill.order import Order
+from twostep.families.zimage import PromptBatch
+from twostep.inference.sampler import Sampler, bind
+from twostep.method.flow import sigma_schedule
+from twostep.method.rollout import euler
+from twostep.recipe.schema import Recipe, RecipeError
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def recipe(make_recipe: Make) -> Recipe:
+    return make_recipe()
+
+
+def shard(recipe: Recipe, number: int, suffix: str = "safetensors") -> Path:
+    return recipe.data.cache / f"shard-{number:05d}.{suffix}"
+
+
+def test_samples_are_the_teachers(recipe: Recipe) -> None:
+    cache = teach(recipe)
+    assert len(cache) == 24
+    assert len(list(recipe.data.cache.glob("shard-*.safetensors"))) == 3
+    samples = cache.read([23, 0, 9])
+    sampler = Sampler.load(recipe.teacher.model)
+    expected = sampler.sample(samples.prompts, samples.noise, steps=4).latents
+    torch.testing.assert_close(samples.latents, expected, atol=1e-4, rtol=1e-4)
+    for embeds, prompt in zip(samples.embeds, samples.prompts, strict=True):
+        torch.testing.assert_close(
+            embeds, sampler.encoder.encode([prompt])[0], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_trajectory_is_the_teachers_latents_at_the_second_noise_level(recipe: Recipe) -> None:
+    samples = teach(recipe).read([5])
+    sampler = Sampler.load(recipe.teacher.model)
+    sigmas = sigma_schedule(4, 3.0)
+    assert sigmas[2] == pytest.approx(0.75)
+    with torch.no_grad():
+        field = bind(sampler.field, PromptBatch.collate(samples.embeds))
+        expected = euler(field, samples.noise, sigmas[:3])
+    assert samples.trajectory is not None
+    torch.testing.assert_close(samples.trajectory, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_seeds_of_one_prompt_share_its_embedding_and_differ_in_noise(recipe: Recipe) -> None:
+    cache = teach(recipe)
+    a, b = cache.read([6]), cache.read([7])
+    assert a.prompts == b.prompts
+    assert not torch.equal(a.noise, b.noise)
+    tensors = load_file(shard(recipe, 0))
+    assert len(tensors["offsets"]) == 5  # four prompts, eight samples
+
+
+def test_order_is_a_permutation_each_epoch_and_a_function_of_the_turn(recipe: Recipe) -> None:
+    order = order_of(teach(recipe))
+    epochs = [
+        [i for turn in range(6 * e, 6 * e + 6) for i in order.batch(turn, 4, 0)] for e in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
+    assert epochs[0] != epochs[1]
+    again = order_of(TeacherCache(Plan.of(recipe)))
+    assert order.batch(3, 4, 0) == again.batch(3, 4, 0) != order.batch(3, 4, 1)
+
+
+SIZES = {"other_sizes": [[32, 64], [64, 32]]}
+
+
+def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) -> None:
+    recipe = make_recipe(data={**SIZES, "prompt_count": 13, "shard_size": 4})
+    cache = teach(recipe)
+    plan, order = cache.plan, order_of(cache)
+    assert sorted(plan.prompts) == sorted(Plan.of(make_recipe(data={"prompt_count": 13})).prompts)
+    assert [len(plan.samples_of(place)) for place in range(3)] == [10, 8, 8]
+    assert {shard.size for shard in plan.shards} == {(32, 32), (32, 64), (64, 32)}
+    seen: list[tuple[int, ...]] = []
+    for turn in range(6):
+        ids = order.batch(turn, 4, seed=0)
+        assert len(set(ids)) == 4
+        seen.append(tuple(cache.read(ids).latents.shape[2:]))
+    for block in (seen[:3], seen[3:]):  # each size takes its turn
+        assert sorted(block) == [(8, 8), (8, 16), (16, 8)]
+    assert len({tuple(seen[:3]), tuple(seen[3:])}) <= 2
+    for place, (height, width) in enumerate(plan.sizes):
+        ids = [
+            i
+            for batch in range(len(plan.samples_of(place)))
+            for i in order.of_size(place, batch, 1, 0)
+        ]
+        assert sorted(ids) == list(plan.samples_of(place))
+        # The sampler gives the same from the same noise, one by one.
+        samples = cache.read(ids[:1])
+        assert samples.noise.shape[1:] == (8, height // 4, width // 4)
+        again = Sampler.load(recipe.teacher.model).sample(samples.prompts, samples.noise, 4)
+        torch.testing.assert_close(again.latents, samples.latents, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_sorted_by_caption_length_pads_less_and_loses_no_sample() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 64)
+    plain, window = (Order([range(64)], lengths, w) for w in (1, 4))
+
+    def padded(order: Order) -> int:
+        return sum(int(lengths[order.batch(turn, 4, 0)].max()) * 4 for turn in range(16))
+
+    assert padded(window) < 0.8 * padded(plain)
+    epochs = [
+        [i for t in range(16 * e, 16 * e + 16) for i in window.batch(t, 4, 0)] for e in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
+    assert epochs[0] != epochs[1]
+    # Lengths come in no order of their own.
+    means = [lengths[window.batch(turn, 4, 0)].mean() for turn in range(16)]
+    assert means != sorted(means)
+
+
+def test_caption_lengths_are_those_of_the_embeddings(recipe: Recipe) -> None:
+    cache = teach(recipe)
+    embeds = cache.read(range(24)).embeds
+    assert cache.caption_lengths().tolist() == [len(e) for e in embeds]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"other_sizes": [[32, 32]]}, r"must differ from each other and from height and width"),
+        ({"other_sizes": [[32, 36]]}, r"width must be a positive multiple of 8, got 36"),
+        ({"other_sizes": [[32, 64]], "prompt_count": 1}, r"2 sizes need as many prompts"),
+        ({"height": 30}, r"data\.height.*height must be a positive multiple of 8, got 30"),
+    ],
+)
+def test_bad_sizes_are_refused_before_anything_is_loaded(
+    make_recipe: Make, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Plan.of(make_recipe(data=data))
+
+
+def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
+    plan, sampler = Plan.of(recipe), Sampler.load(recipe.teacher.model)
+    made = 0
+
+    def stop_in_second_shard(count: int) -> None:
+        nonlocal made
+        made += count
+        if made > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(plan, sampler, on_samples=stop_in_second_shard)
+    assert shard(recipe, 0).exists()
+    assert not shard(recipe, 1).exists()
+    with pytest.raises(CacheError, match="run `twostep teach` first"):
+        TeacherCache(plan)
+    before = shard(recipe, 0).stat().st_mtime_ns
+    cache = teach(recipe)
+    assert shard(recipe, 0).stat().st_mtime_ns == before
+    assert len(cache.read(range(24)).ids) == 24
+
+
+def damage(kind: str, recipe: Recipe) -> None:
+    path = shard(recipe, 1)
+    data = bytearray(path.read_bytes())
+    if kind == "corrupt":
+        data[-5] ^= 255
+        path.write_bytes(data)
+    elif kind == "truncated":
+        path.write_bytes(data[:-100])
+    elif kind == "missing":
+        path.unlink()
+        shard(recipe, 1, "json").unlink()
+    elif kind == "gone":
+        path.unlink()
+    elif kind == "another":
+        record = json.loads(shard(recipe, 1, "json").read_text())
+        shard(recipe, 1, "json").write_text(json.dumps(record | {"fingerprint": "0" * 64}))
+    elif kind == "not a shard's record":
+        shard(recipe, 1, "json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "kind", ["corrupt", "truncated", "missing", "gone", "another", "not a shard's record"]
+)
+def test_bad_shard_is_named_and_repaired(recipe: Recipe, kind: str) -> None:
+    whole = teach(recipe).read(range(24))
+    damage(kind, recipe)
+    with pytest.raises(CacheError, match=f"shard-00001.*{kind}|{kind}.*shard-00001") as error:
+        teach(recipe)
+    assert "--repair" in str(error.value)
+    again = teach(recipe, repair=True).read(range(24))
+    assert torch.equal(whole.latents, again.latents)
+
+
+def test_cache_of_another_recipe_is_refused(make_recipe: Make) -> None:
+    teach(make_recipe())
+    other = make_recipe(teacher={"steps": 8})
+    with pytest.raises(CacheError, match="another teacher, schedule or prompt set"):
+        teach(other)
+
+
+def test_fingerprint_follows_the_weights(
+    make_recipe: Make, tiny_folder: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    before = Plan.of(make_recipe(teacher={"model": str(copy)})).fingerprint
+    weights = next((copy / "transformer").glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors["x_pad_token"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert Plan.of(make_recipe(teacher={"model": str(copy)})).fingerprint != before
+    same_elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(tiny_folder, same_elsewhere)
+    moved = Plan.of(make_recipe(teacher={"model": str(same_elsewhere)})).fingerprint
+    assert moved == before
+
+
+def test_two_processes_share_the_work(make_recipe: Make, tmp_path: Path) -> None:
+    recipe = make_recipe()
+    alone = teach(recipe).read(range(24)).latents
+    shared = make_recipe(data={"cache": str(tmp_path / "shared")})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(shared.to_yaml())
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "twostep", "teach", str(path)],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+        )
+        for rank in (0, 1)
+    ]
+    assert [w.wait(timeout=300) for w in workers] == [0, 0]
+    torch.testing.assert_close(
+        TeacherCache(Plan.of(shared)).read(range(24)).latents, alone, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    text = tmp_path / "p.txt"
+    text.write_text("a dog\n\n a cat \na dog\n")
+    assert load_prompts(str(text), 10) == ["a dog", "a cat"]
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "一只狗"}\n{"prompt": "b", "id": 3}\n')
+    assert load_prompts(str(lines), 1) == ["一只狗"]
+    lines.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(PromptError, match=r"p\.jsonl:2: expected an object with a prompt"):
+        load_prompts(str(lines), 10)
+    assert load_prompts(str(lines), 1, column="prompt") == ["a"]
+    lines.write_text('{"text": "b"}\n')
+    assert load_prompts(str(lines), column="text") == ["b"]
+    with pytest.raises(PromptError, match="holds no prompts"):
+        empty = tmp_path / "e.txt"
+        empty.write_text("\n")
+        load_prompts(str(empty), 1)
+    with pytest.raises(PromptError, match=r"expected emoji, parti, hf:OWNER/NAME, or a \.txt"):
+        load_prompts("prompts.csv", 1)
+
+
+def test_parti_prompts_come_with_the_package() -> None:
+    prompts = load_prompts("parti")
+    assert len(prompts) == 1632
+    assert prompts[0] == "bond"
+    assert load_prompts("parti", 5) == prompts[:5]
+
+
+@pytest.mark.parametrize("kind", ["file", "dataset"])
+def test_prompts_from_parquet_and_from_a_dataset(tmp_path: Path, kind: str) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    texts = ["a dog", "一只猫", "a dog", " a cow "]
+    path = tmp_path / "set" / "train.parquet"
+    path.parent.mkdir()
+    parquet.write_table(pyarrow.table({"text": texts, "id": [1, 2, 3, 4]}), path)
+    # A folder stands for the hub's name of a dataset.
+    source = str(path) if kind == "file" else f"hf:{path.parent}"
+    assert load_prompts(source, 10, column="text") == ["a dog", "一只猫", "a cow"]
+    assert load_prompts(source, 2, column="text") == ["a dog", "一只猫"]
+    with pytest.raises(PromptError, match=r"has no 'prompt'; it has text, id"):
+        load_prompts(source, 2)
+    with pytest.raises(PromptError, match="id must be a string, got 1"):
+        load_prompts(source, 2, column="id")
+
+
+def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(b"no parquet at all")
+    with pytest.raises(PromptError, match="cannot be read as Parquet"):
+        load_prompts(str(bad), 1)
+    with pytest.raises(PromptError, match="say how many"):
+        load_prompts("hf:owner/name")
+    with pytest.raises(PromptError, match="split 'train'"):
+        load_prompts(f"hf:{tmp_path / 'gone'}", 1)

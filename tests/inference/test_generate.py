@@ -1,0 +1,188 @@
+"""`twostep generate` and `twostep compare`: files, names, resuming, sheets."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tiny import random_transformer
+from twostep.cli import app
+from twostep.inference.compare import compare, parse_model
+from twostep.inference.generate import InputError, generate, parse_size, read_prompts
+from twostep.inference.pipeline import TwoStepPipeline, save_student
+from twostep.method.rollout import TwoStep, seeded_noise
+from twostep.runtime.images import labelled_rows, tile, to_pil
+
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate") / "student"
+    parts = (random_transformer(1), random_transformer(2))
+    save_student(tiny_folder, *parts, TwoStep(0.75), folder, torch.float32)
+    return folder
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_pictures_say_how_they_were_made(student: Path, tmp_path: Path) -> None:
+    made = list(generate(["一只狗"], str(student), tmp_path, seed=7, size=(32, 48), count=2))
+    assert [p.path.name for p in made] == ["一只狗-7-2steps.png", "一只狗-8-2steps.png"]
+    with Image.open(made[1].path) as image:
+        assert image.size == (48, 32)
+        assert image.info["prompt"] == "一只狗"
+        assert (image.info["seed"], image.info["steps"]) == ("8", "2")
+        assert image.info["model"] == str(student)
+    alone = next(generate(["一只狗"], str(student), tmp_path / "b", seed=8, size=(32, 48)))
+    assert np.abs(pixels(alone.path).astype(int) - pixels(made[1].path)).max() <= 1
+
+
+def test_a_preview_is_what_the_pipeline_previews(student: Path, tmp_path: Path) -> None:
+    (made,) = generate(["a dog"], str(student), tmp_path, seed=3, size=SIZE, preview=True)
+    pipe = TwoStepPipeline.from_pretrained(student)
+    noise = seeded_noise([3], (8, 8, 8))
+    result = pipe("a dog", height=32, width=32, latents=noise, return_preview=True)
+    assert made.preview is not None
+    for path, image in ((made.path, result.images[0]), (made.preview, result.previews[0])):
+        assert np.abs(pixels(path).astype(int) - np.asarray(image)).max() <= 1
+
+
+def test_what_is_there_is_not_made_again(student: Path, tmp_path: Path) -> None:
+    first = list(generate(["a dog", "a cat"], str(student), tmp_path, size=SIZE))
+    assert all(p.made for p in first)
+    first[0].path.write_bytes(b"torn")
+    again = list(generate(["a dog", "a cat"], str(student), tmp_path, size=SIZE))
+    assert [p.made for p in again] == [True, False]
+    other = list(generate(["a dog", "a cat"], str(student), tmp_path, size=(48, 32)))
+    assert all(p.made for p in other)
+    asked = list(generate(["a dog"], str(student), tmp_path, size=(48, 32), preview=True))
+    assert [p.made for p in asked] == [True]  # the preview was missing
+
+
+def test_other_weights_make_other_pictures(
+    student: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "student"
+    save_student(
+        tiny_folder,
+        random_transformer(1),
+        random_transformer(3),
+        TwoStep(0.75),
+        other,
+        torch.float32,
+    )
+    next(generate(["a dog"], str(student), tmp_path / "out", size=SIZE))
+    again = next(generate(["a dog"], str(other), tmp_path / "out", size=SIZE))
+    assert again.made
+
+
+def test_prompts_that_look_alike_have_their_own_files(student: Path, tmp_path: Path) -> None:
+    prompts = ["a dog", "a-dog", "a dog!", "x " * 80 + "1", "x " * 80 + "2", "?"]
+    paths = [p.path for p in generate(prompts, str(student), tmp_path, size=SIZE)]
+    assert len(set(paths)) == len(prompts)
+    assert paths[0].name == "a-dog-0-2steps.png"
+
+
+def test_bad_arguments_are_named(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="two-step student, got 8"):
+        next(generate(["x"], str(student), tmp_path, steps=8))
+    with pytest.raises(InputError, match="multiple of 8, got 30"):
+        next(generate(["x"], str(student), tmp_path, size=(30, 32)))
+    with pytest.raises(InputError, match="must not be empty"):
+        next(generate(["x", " "], str(student), tmp_path, size=SIZE))
+    with pytest.raises(InputError, match="is no two-step student"):
+        next(generate(["x"], str(tiny_folder), tmp_path, size=SIZE, preview=True))
+
+
+def test_prompts_come_from_arguments_files_and_stdin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "from a file"}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n two \n"))
+    assert read_prompts(["zero", "-"], str(file)) == ["zero", "one", "two", "from a file"]
+    with pytest.raises(InputError, match="none given"):
+        read_prompts([])
+
+
+def test_the_command_prints_json_and_lays_out_a_grid(student: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "a dog", "-", "--model", str(student), "--size", "32", "--count", "2"]
+    options = ["--out", str(tmp_path), "--grid", "--json", "--preview", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, *options], input="a cat\n")
+    assert result.exit_code == 0, result.output
+    *records, last = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(r["prompt"], r["seed"]) for r in records] == [
+        ("a dog", 0), ("a dog", 1), ("a cat", 0), ("a cat", 1),
+    ]  # fmt: skip
+    grid = pixels(Path(last["grid"]))
+    assert grid.shape == (4 * 34 - 2, 2 * 34 - 2, 3)
+    assert np.array_equal(grid[:32, 34:], pixels(Path(records[1]["preview"])))
+    assert np.array_equal(grid[34 : 34 + 32, 34:], pixels(Path(records[1]["path"])))
+
+
+def test_compare_shows_each_model_at_equal_noise(
+    student: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    models = [f"{tiny_folder}@2", str(student)]
+    path = compare(models, ["a dog"], tmp_path / "c.png", seed=5, size=SIZE, preview=True)
+    picture = pixels(path)
+    teachers, students = tmp_path / "teacher", tmp_path / "student"
+    (teacher,) = generate(["a dog"], str(tiny_folder), teachers, 5, steps=2, size=SIZE)
+    (made,) = generate(["a dog"], str(student), students, 5, size=SIZE, preview=True)
+    rows = [teacher.path, made.preview, made.path]
+    images = []
+    for row in rows:
+        assert row is not None
+        images.append(Image.open(row).convert("RGB"))
+    labels = [f"{tiny_folder.name}, 2 steps", "student, preview after step 1", "student, 2 steps"]
+    expected = labelled_rows({label: [image] for label, image in zip(labels, images, strict=True)})
+    assert np.array_equal(picture, np.asarray(expected))
+
+
+def test_compare_refuses_what_it_cannot_show(student: Path, tmp_path: Path) -> None:
+    assert parse_model("a/b@4") == ("a/b", 4)
+    assert parse_model("a/b") == ("a/b", None)
+    for text in ("a@x", "a@0", "a@"):
+        with pytest.raises(InputError, match="MODEL@STEPS"):
+            parse_model(text)
+    with pytest.raises(InputError, match=r"expected a \.png"):
+        compare([str(student)], ["a dog"], tmp_path / "c.jpg", size=SIZE)
+    with pytest.raises(InputError, match="two rows would be called"):
+        compare([str(student)] * 2, ["a dog"], tmp_path / "c.png", size=SIZE)
+    with pytest.raises(InputError, match="two-step student, got 8"):
+        compare([f"{student}@8"], ["a dog"], tmp_path / "c.png", size=SIZE)
+
+
+def test_tiles_lie_where_they_belong() -> None:
+    red, blue = (Image.new("RGB", (4, 3), colour) for colour in ("red", "blue"))
+    sheet = np.asarray(tile([[red, blue], [blue]]))
+    assert sheet.shape == (8, 10, 3)
+    assert (sheet[:3, :4] == (255, 0, 0)).all()
+    assert (sheet[:3, 6:] == (0, 0, 255)).all()
+    assert (sheet[5:, 6:] == 255).all()
+
+
+def test_a_picture_keeps_its_values() -> None:
+    image = torch.tensor([-1.0, 0.0, 1.0, 3.0]).expand(3, 1, 4)
+    assert np.asarray(to_pil(image))[0, :, 0].tolist() == [0, 128, 255, 255]
+
+
+def test_sizes() -> None:
+    assert parse_size("64") == (64, 64)
+    assert parse_size("96x64") == (64, 96)
+    for text in ("0x", "big", "64x64x64", "-8"):
+        with pytest.raises(InputError, match="expected SIDE"):
+            parse_size(text)
+    with pytest.raises(InputError, match="at most"):
+        parse_size("9000x9000")

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from twostep.models.folder import ZOO
+from twostep.recipe.schema import Recipe, RecipeError
+
+MINIMAL = {"name": "x", "teacher": {"model": "zoo:emoji-teacher"}}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: x\nteacher:\n  model: zoo:emoji-teacher\n")
+    return path
+
+
+def test_overrides_reach_nested_keys(recipe_file: Path) -> None:
+    recipe = Recipe.load(
+        recipe_file,
+        [
+            "training.turns=300",
+            "training.learning_rate=1e-5",
+            "losses.final.adversarial=0",
+            "losses.step1.adversarial=0",
+            "critic.layers=[1, 3]",
+        ],
+    )
+    assert recipe.training.turns == 300
+    assert recipe.training.learning_rate == 1e-5
+    assert recipe.losses.final.adversarial == 0
+    # What a section does not name keeps its default.
+    assert recipe.losses.step1.weight == 0.5
+    assert recipe.critic.layers == (1, 3)
+    assert not recipe.uses_critic
+
+
+def test_resolved_recipe_reads_back_as_itself(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(recipe_file, ["training.minutes=3", "data.cache=somewhere"])
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert Recipe.load(again) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(ZOO.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    assert Recipe.load(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainning": {}}, "trainning: unknown key; did you mean 'training'"),
+        (
+            {"training": {"learning_rat": 1}},
+            "training.learning_rat: unknown key; did you mean 'learning_rate'",
+        ),
+        (
+            {"losses": {"final": {"adverserial": 1}}},
+            "losses.final.adverserial: unknown key; did you mean 'adversarial'",
+        ),
+        ({"training": {"turns": 0}}, "training.turns: .*greater than or equal to 1, got 0"),
+        (
+            {"student": {"gradient": "both"}},
+            "student.gradient: .*'end_to_end' or 'cut'.*got 'both'",
+        ),
+        ({"losses": {"tau_range": [0.9, 0.1]}}, "losses: tau_range must ascend"),
+        ({"losses": {"final": {"guidance_augmentation": 1.0}}}, "needs score.model"),
+        ({"losses": {"consistency": 1.0}}, "consistency needs student.parameters: shared"),
+        (
+            {"student": {"parameters": "lora", "init": "zoo:emoji-student"}},
+            "student.init is not available with student.parameters: lora",
+        ),
+        ({"training": {"turns": 10}}, r"warmup_turns \(200\) exceeds"),
+        ({"name": "../escape"}, "name: "),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate"),
+    ],
+)
+def test_mistakes_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse({**MINIMAL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.turns", "expected key=value"),
+        ("name.x=1", "name is not a section"),
+        ("training.turns=[1", "not valid YAML"),
+        ("training.turns=many", "training.turns: .*got 'many'"),
+    ],
+)
+def test_bad_overrides_are_named(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(recipe_file, [override])
+
+
+def test_missing_file_and_wrong_content(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe at"):
+        Recipe.load(tmp_path / "none.yaml")
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(RecipeError, match="must hold a mapping, found list"):
+        Recipe.load(path)

@@ -1,0 +1,229 @@
+"""Several processes give what one gives: losses, weights, checkpoints, students."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
+
+from runs import assert_same_run
+from tiny import TEXT_WIDTH
+from twostep.data.cache.teach import teach
+from twostep.distill.checkpoint import list_checkpoints
+from twostep.distill.objectives.draws import Draws
+from twostep.distill.objectives.roles import FullRole
+from twostep.distill.sharding import Sharder
+from twostep.distill.trainer import Trainer
+from twostep.families.zimage import PromptBatch
+from twostep.recipe.schema import Recipe, RecipeError
+from twostep.runtime.distributed import World, whole
+
+Make = Callable[..., Recipe]
+CPU = torch.device("cpu")
+KILLED_IN_SAVE = Path(__file__).with_name("killed_in_save.py")
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def distill(recipe: Recipe, processes: int, tmp_path: Path) -> None:
+    path = tmp_path / f"{recipe.name}.yaml"
+    path.write_text(recipe.to_yaml())
+    result = torchrun(processes, "-m", "twostep", "distill", str(path))
+    assert result.returncode == 0, result.stderr
+
+
+SIZES = {"other_sizes": [[32, 64]], "caption_window": 2}
+LORA: dict[str, Any] = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("processes", "student", "distributed", "own", "both"),
+    [
+        (2, {"parameters": "decoupled"}, {}, {}, {"data": SIZES}),
+        (2, {"parameters": "decoupled"}, {"sharding": "shard"}, {"micro_batch": 1}, {}),
+        (2, {"parameters": "shared"}, {"sharding": "shard", "cpu_offload": True}, {}, {}),
+        (4, {"parameters": "decoupled"}, {"sharding": "shard", "shard_size": 2}, {}, {}),
+        (2, LORA, {}, {"micro_batch": 1, "async_saves": True}, {}),
+        (2, LORA, {}, {}, {"training": {"optimizer": "adafactor"}}),
+    ],
+    ids=["replicate-sizes", "shard-accumulate", "shard-shared-offload", "hsdp",
+         "lora-accumulate-async", "lora-adafactor"],
+)  # fmt: skip
+def test_several_processes_equal_one(
+    make_recipe: Make,
+    tmp_path: Path,
+    tiny_folder: Path,
+    processes: int,
+    student: dict[str, Any],
+    distributed: dict[str, Any],
+    own: dict[str, Any],
+    both: dict[str, Any],
+) -> None:
+    """`own` are settings of the several alone, `both` sections that both runs have."""
+    common = {"student": student, "score": {"fit_turns": 2}, **both}
+    alone = make_recipe("alone", **common)
+    teach(alone)
+    Trainer(alone).train()
+    own = {**both.get("training", {}), **own}
+    together = make_recipe("together", **(common | {"training": own}), distributed=distributed)
+    distill(together, processes, tmp_path)
+    assert_same_run(alone, together, tiny_folder)
+    for part in ("transformer", "transformer_2"):
+        name = f"student/{part}/diffusion_pytorch_model.safetensors"
+        ours, theirs = (load_file(r.run_folder / name) for r in (alone, together))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(value, theirs[key], rtol=0.02, atol=2e-3)
+
+
+def test_accumulated_gradients_equal_the_whole_batch(make_recipe: Make, tiny_folder: Path) -> None:
+    whole = make_recipe("whole")
+    teach(whole)
+    Trainer(whole).train()
+    parts = make_recipe("parts", training={"micro_batch": 2})
+    Trainer(parts).train()
+    assert_same_run(whole, parts, tiny_folder)
+
+
+def test_saved_by_two_resumed_by_one_and_by_four(
+    make_recipe: Make, tmp_path: Path, tiny_folder: Path
+) -> None:
+    steady = {"learning_rate_decay": 0.0}
+    shard = {"sharding": "shard"}
+    alone = make_recipe("alone", training=steady)
+    teach(alone)
+    Trainer(alone).train()
+    begun = make_recipe("one", training={**steady, "turns": 4}, distributed=shard)
+    distill(begun, 2, tmp_path)
+    shutil.copytree(begun.run_folder, begun.output / "four")
+    shards = list(list_checkpoints(begun.run_folder / "checkpoints")[-1].glob("*.safetensors"))
+    assert len(shards) == 2
+
+    one = make_recipe("one", training=steady)
+    trainer = Trainer(one)
+    assert trainer.progress.turn == 4
+    trainer.train()
+    assert_same_run(alone, one, tiny_folder)
+
+    # The recipe in the copied folder names the run it was copied from.
+    path = begun.output / "four" / "recipe.yaml"
+    path.write_text(path.read_text().replace("name: one", "name: four"))
+    four = make_recipe("four", training=steady, distributed=shard)
+    distill(four, 4, tmp_path)
+    assert_same_run(alone, four, tiny_folder)
+
+
+def test_a_process_killed_while_saving_costs_only_the_turns_since_the_last_save(
+    make_recipe: Make, tmp_path: Path, tiny_folder: Path
+) -> None:
+    alone = make_recipe("alone")
+    teach(alone)
+    Trainer(alone).train()
+    recipe = make_recipe("killed", distributed={"sharding": "shard"})
+    path = tmp_path / "killed.yaml"
+    path.write_text(recipe.to_yaml())
+    result = torchrun(2, str(KILLED_IN_SAVE), str(path))
+    assert result.returncode != 0
+    assert "SIGKILL" in result.stderr
+    folder = recipe.run_folder / "checkpoints"
+    assert [p.name for p in list_checkpoints(folder)] == ["turn-0000002"]
+    assert (folder / ".turn-0000004.tmp").exists()
+    distill(recipe, 2, tmp_path)
+    assert_same_run(alone, recipe, tiny_folder)
+
+
+# One process.
+
+
+@pytest.fixture
+def gloo(tmp_path: Path) -> Iterator[World]:
+    dist.init_process_group("gloo", f"file://{tmp_path}/gloo", rank=0, world_size=1)
+    yield World(CPU)
+    dist.destroy_process_group()
+
+
+def test_sharded_blocks_compile(
+    make_recipe: Make, tiny_folder: Path, gloo: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the hooks that put a block's weights together; every block runs the same graphs."""
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        graphs.append(len(inputs))
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    sharder = Sharder(make_recipe(), gloo)
+    latents, sigma = torch.randn(2, 8, 4, 4), torch.tensor([0.4, 0.8])
+    prompts = PromptBatch.collate([torch.randn(5, TEXT_WIDTH), torch.randn(3, TEXT_WIDTH)])
+    found = []
+    for compiled in (False, True):
+        model = sharder.load(tiny_folder)
+        model.enable_gradient_checkpointing()
+        role = FullRole(model, trainable=True, compiled=compiled)
+        role(latents, sigma, prompts).velocity.square().mean().backward()
+        found.append([whole(p.grad) for p in role.parameters() if p.grad is not None])
+    # Main and noise layers, with and without a gradient to their input; context layers.
+    assert 0 < len(graphs) <= 6
+    assert len(found[0]) == len(found[1]) > 30
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
+    def draw(rows: slice | None, count: int) -> list[torch.Tensor]:
+        draws = Draws(3, 5, "critic", CPU, rows, 8)
+        like = torch.zeros(count, 2, 3)
+        return [
+            draws.normal_like(like),
+            draws.sigma(count, 3.0, (0.1, 0.9)),
+            torch.tensor(draws.integers(count, 100)),
+            draws.normal_like(like),
+        ]
+
+    together = draw(None, 8)
+    for size in (2, 4):
+        parts = [draw(slice(i, i + size), size) for i in range(0, 8, size)]
+        for index, batch in enumerate(together):
+            assert torch.equal(torch.cat([part[index] for part in parts]), batch)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (2, 3), (1, 2)])
+def test_every_row_belongs_to_one_process(
+    monkeypatch: pytest.MonkeyPatch, rank: int, size: int
+) -> None:
+    def world(number: int) -> World:
+        found = World(CPU)
+        found.rank, found.size = number, size
+        return found
+
+    rows = [r for n in range(size) for part in world(n).rows(12, 2) for r in range(12)[part]]
+    assert rows == list(range(12))
+    shares = [i for n in range(size) for i in world(n).share(7)]
+    assert shares[:7] == list(range(7))
+    assert len(shares) == size * len(world(rank).share(7))
+
+
+def test_batches_that_cannot_be_divided_are_named(make_recipe: Make) -> None:
+    world = World(CPU)
+    world.size = 3
+    with pytest.raises(RecipeError, match="batch_size: 4 cannot be divided among 3 processes"):
+        world.rows(4, None)
+    with pytest.raises(RecipeError, match="micro_batch: 3 does not divide the 4 samples"):
+        Trainer(make_recipe(training={"micro_batch": 3}))

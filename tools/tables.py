@@ -1,0 +1,204 @@
+"""Writes the tables that are generated from JSON into README.md and the pages of docs/.
+
+python tools/tables.py          rewrites them
+python tools/tables.py --check  exits with 1 if one is out of date
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS.parent / "studies" / "ablation"))
+
+from study_tables import study_facts, study_table  # noqa: E402
+
+CATEGORIES = ("overall", "single", "two", "counting", "position", "background")
+NAMES = {
+    "rendered": "rendered scenes",
+    "teacher_8": "teacher, 8 steps",
+    "teacher_4": "same weights, 4 steps",
+    "teacher_2": "same weights, 2 steps",
+    "base_30_guided": "undistilled base, 30 steps, guidance 2",
+    "naive_2": "same weights, 2 steps",
+    "student_2": "fresh student (`make demo`), 2 steps",
+    "shipped_2": "shipped student, 2 steps",
+}
+
+
+def demo_table(report: dict[str, Any]) -> str:
+    """One row per model of a demo's `report.json`."""
+    slowest = report["models"]["teacher_8"]["seconds_per_image"]
+    lines = [
+        "| | Fréchet to teacher | gap closed | accuracy | of the preview | diversity | time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, model in report["models"].items():
+        closed, around = report["gap_closed"].get(key), model["interval"]
+        share = "–" if closed is None else f"{100 * closed:.0f}% ± {100 * around['gap_closed']:.0f}"
+        ratio = model["seconds_per_image"] / slowest
+        preview = model.get("preview", {}).get("accuracy", {}).get("overall")
+        lines.append(
+            f"| {NAMES[key]} | {model['frechet_to_teacher']:.2f} | {share} | "
+            f"{model['accuracy']['overall']:.3f} ± {around['accuracy']['overall']:.3f} | "
+            f"{'–' if preview is None else f'{preview:.3f}'} | "
+            f"{model['diversity']:.2f} | {ratio:.2f} |"
+        )
+    note = (
+        f"`{report['command']}`, commit {report['commit']}, {report['machine']}, {report['date']}; "
+        f"{report['images']} images of {report['prompts']} held-out prompts, features "
+        f"{report['extractor']}. The floor, two disjoint teacher sets, is {report['floor']:.2f}; "
+        f"± is half of a 95% interval, from {report['halves']} random halves of the prompts; time "
+        "is per image, relative to the teacher's."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def teacher_table(figures: dict[str, Any]) -> str:
+    """One row per sampler of the teacher's own figures."""
+    lines = [
+        "| | Fréchet to rendered | " + " | ".join(CATEGORIES) + " | English | Chinese |",
+        "|---|---|" + "---|" * (len(CATEGORIES) + 2),
+    ]
+    for key, model in figures["models"].items():
+        values = [model["accuracy"][c] for c in (*CATEGORIES, "en", "zh")]
+        cells = " | ".join(f"{v:.3f}" for v in values)
+        lines.append(f"| {NAMES[key]} | {model['frechet_to_rendered']:.2f} | {cells} |")
+    return "\n".join(lines)
+
+
+def student_table(report: dict[str, Any]) -> str:
+    """One row per model of the `metrics.json` that `twostep evaluate` wrote of one student."""
+    names = NAMES | {"student_2": NAMES["shipped_2"]}
+    headings = ["Fréchet to teacher", "gap closed", "diversity", *CATEGORIES[:-1], "of the preview"]
+    lines = [f"| | {' | '.join(headings)} |", "|---" * (1 + len(headings)) + "|"]
+    for key, model in report["models"].items():
+        closed, accuracy = report["gap_closed"].get(key), model["accuracy"]
+        preview = model.get("preview", {}).get("accuracy", {}).get("overall")
+        overall = f"{accuracy['overall']:.3f} ± {model['interval']['accuracy']['overall']:.3f}"
+        cells = [
+            f"{model['frechet_to_teacher']:.3f}",
+            "–" if closed is None else f"{100 * closed:.1f}%",
+            f"{model['diversity']:.2f}",
+            overall,
+            *(f"{accuracy[c]:.3f}" for c in CATEGORIES[1:-1]),
+            "–" if preview is None else f"{preview:.3f}",
+        ]
+        lines.append(f"| {names[key]} | {' | '.join(cells)} |")
+    note = (
+        f"`{report['command']}`, commit {report['commit']}, {report['machine']}, {report['date']}; "
+        f"{report['images']} images of {report['prompts']} held-out prompts, features "
+        f"{report['extractor']}, floor {report['floor']:.3f}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def generate_table(results: dict[str, Any]) -> str:
+    """One row per case of benchmarks/generate.py."""
+    lines = [
+        "| batch | options | steps | ms an image | text | steps | decoding | peak MiB | of the "
+        "teacher's time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in results["cases"]:
+        steps = case["steps_taken"]
+        times = (case["total"], case["text"], sum(case["steps"]), case["decode"])
+        memory = case["peak_memory_bytes"]
+        lines.append(
+            f"| {case['batch']} | {case['option']} | {steps} | "
+            + " | ".join(f"{1e3 * t:.1f}" for t in times)
+            + f" | {memory / 2**20:.1f} | {case['ratio']:.2f} |"
+        )
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}, {results['dtype']}; the best of {results['rounds']} rounds."
+    )
+    return "\n".join([*lines, "", note])
+
+
+WAYS = {"two_sets": "two sets", "lora": "one set and two LoRAs"}
+
+
+def memory_table(results: dict[str, Any]) -> str:
+    """One row per way of benchmarks/memory.py: measured, and computed for the real model."""
+    size = "x".join(map(str, results["real_size"]))
+    lines = [
+        "| steps | `--memory` | weights, MiB | peak, MiB | time | picture, dB | "
+        f"{results['real'].split('/')[-1]}, {size}: weights, GiB | peak, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for way in results["ways"]:
+        real, peak = way["real"], way["peak"]
+        picture = "the same" if way["decibels"] >= 99 else f"{way['decibels']:.0f}"
+        lines.append(
+            f"| {WAYS[way['steps']]} | {way['memory']} | {way['weights'] / 2**20:.1f} | "
+            f"{'–' if peak is None else f'{peak / 2**20:.1f}'} | {way['time']:.2f} | {picture} | "
+            f"{real['transformers'] / 2**30:.1f} | {real['peak'] / 2**30:.1f} |"
+        )
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; left half measured on the embedded student, fp32, batch "
+        f"{results['batch']}, the best of {results['rounds']} rounds, time relative to the first "
+        f"row's, pictures against the first row's ({results['images']} of them); right half "
+        f"computed in bf16 at batch 1 with captions of {results['real_tokens']} tokens, LoRA rank "
+        f"{results['real_rank']}. LoRA files: {'; '.join(results['lora'])}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def kinds_table(results: dict[str, Any]) -> str:
+    """What 8 bits in one kind of layer alone save and cost."""
+    lines = ["| layers in 8 bits | share saved | picture, dB | in `int8` |", "|---|---|---|---|"]
+    for found in sorted(results["kinds"], key=lambda k: -k["saved"]):
+        lines.append(
+            f"| {found['kind']} | {100 * found['saved']:.1f}% | {found['decibels']:.0f} | "
+            f"{'yes' if found['packed'] else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+MEMORY = DOCS / "results" / "memory.json"
+INFERENCE = DOCS / "inference.md"
+ABLATION = DOCS / "results" / "ablation.json"
+RESULTS = DOCS / "results.md"
+TABLES = {
+    "demo": (DOCS.parent / "README.md", DOCS / "results" / "demo.json", demo_table),
+    "teacher": (DOCS / "teacher.md", DOCS / "results" / "emoji-teacher.json", teacher_table),
+    "generate": (INFERENCE, DOCS / "results" / "generate.json", generate_table),
+    "compiled": (INFERENCE, DOCS / "results" / "generate-compiled.json", generate_table),
+    "memory": (INFERENCE, MEMORY, memory_table),
+    "kinds": (INFERENCE, MEMORY, kinds_table),
+    "student": (RESULTS, DOCS / "results" / "emoji-student.json", student_table),
+    "study": (RESULTS, ABLATION, study_facts),
+    **{
+        name: (RESULTS, ABLATION, partial(study_table, table=name))
+        for name in ("ladder", "removal", "choice", "peer")
+    },
+}
+
+
+def main() -> int:
+    stale = []
+    for name, (page, source, table) in TABLES.items():
+        text = page.read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}: generated by tools/tables.py -->", f"<!-- {name}: end -->"
+        body = f"{begin}\n{table(json.loads(source.read_text(encoding='utf-8')))}\n{end}"
+        pattern = re.escape(begin) + r".*?" + re.escape(end)
+        fresh, found = re.subn(pattern, lambda _, body=body: body, text, flags=re.S)
+        if not found:
+            raise SystemExit(f"{page} has no place for the table {name!r}")
+        if fresh != text:
+            stale.append(str(page))
+            if "--check" not in sys.argv:
+                page.write_text(fresh, encoding="utf-8")
+    print(f"out of date: {', '.join(stale)}" if stale else "tables are up to date")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
