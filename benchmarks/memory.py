@@ -24,9 +24,13 @@ import typer
 
 from twostep.evaluation.metrics import peak_signal_to_noise
 from twostep.evaluation.prompts import PromptSet
-from twostep.exports.registry import export
+from twostep.exports.registry import (
+    export,
+)
 from twostep.families.zimage import PromptBatch
-from twostep.inference.generate import Holding
+from twostep.inference.generate import (
+    Holding,
+)
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.int8 import KEPT, MODES, Memory, pack_int8, transformer_of

@@ -30,10 +30,15 @@ from twostep.distill.objectives.turns import Batch, CriticTurn, StudentTurn, Tur
 from twostep.families.zimage import PromptBatch, ZImageVelocity
 from twostep.method.flow import sigma_schedule
 from twostep.method.rollout import TwoStep
-from twostep.models.folder import read_shift, unloaded_transformer
+from twostep.models.folder import (
+    read_shift,
+    unloaded_transformer,
+)
 from twostep.planning.training import plan
 from twostep.planning.weightless import random_batch, shape_folder
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.devices import pick_device
 from twostep.runtime.files import write_atomically
 from twostep.runtime.provenance import git_commit, machine

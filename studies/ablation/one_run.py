@@ -15,8 +15,12 @@ import torch
 
 from twostep.distill.trainer import Trainer
 from twostep.families.zimage import Prediction
-from twostep.models.folder import resolve
-from twostep.recipe.schema import Recipe
+from twostep.models.folder import (
+    resolve,
+)
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.files import replace_folder, write_atomically
 
 # A call whose result is differentiated costs about two forwards more.

@@ -19,11 +19,14 @@ from twostep.data.cache.teach import teach
 from twostep.data.prompts import PromptError, load_prompts
 from twostep.distill.batches import order_of
 from twostep.distill.order import Order
+from twostep.errors import RecipeError
 from twostep.families.zimage import PromptBatch
 from twostep.inference.sampler import Sampler, bind
 from twostep.method.flow import sigma_schedule
 from twostep.method.rollout import euler
-from twostep.recipe.schema import Recipe, RecipeError
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 Make = Callable[..., Recipe]
 

@@ -16,9 +16,12 @@ from twostep.distill.monitor import read_metrics
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.turns import ScoreTurn
 from twostep.distill.trainer import Trainer
+from twostep.errors import RecipeError
 from twostep.families.zimage import Prediction, PromptBatch
 from twostep.method.flow import add_noise, velocity_target
-from twostep.recipe.schema import Recipe, RecipeError
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 Make = Callable[..., Recipe]
 LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}

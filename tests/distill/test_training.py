@@ -25,10 +25,13 @@ from twostep.distill.monitor import Monitor, read_metrics
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.roles import build_roles
 from twostep.distill.trainer import Interrupted, Trainer, TrainingStopped
+from twostep.errors import RecipeError
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import Rollout
-from twostep.recipe.schema import Recipe, RecipeError
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")

@@ -14,15 +14,21 @@ from typer.testing import CliRunner
 
 from tiny import random_transformer
 from twostep.cli import app
+from twostep.errors import ModelError
 from twostep.exports.combine import average
 from twostep.exports.comfyui import allows_fp16, to_comfyui, workflow
 from twostep.exports.lora import low_rank_difference, rank_for
-from twostep.exports.registry import assemble, export
+from twostep.exports.registry import (
+    assemble,
+    export,
+)
 from twostep.families.zimage import PromptBatch
 from twostep.inference.pipeline import STANDALONE, TwoStepPipeline, save_student
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import TwoStep, seeded_noise
-from twostep.models.folder import ZOO, ModelError
+from twostep.models.folder import (
+    ZOO,
+)
 
 NOISE = seeded_noise([3], (8, 8, 8))
 

@@ -10,11 +10,17 @@ from diffusers import ZImagePipeline
 from peft import LoraConfig
 
 from tiny import TEXT_WIDTH, random_transformer
+from twostep.errors import ModelError
 from twostep.families import zimage
 from twostep.families.zimage import PromptBatch, ZImageVelocity
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
-from twostep.models.folder import Decoder, LatentSpace, ModelError, PromptEncoder, resolve
+from twostep.models.folder import (
+    Decoder,
+    LatentSpace,
+    PromptEncoder,
+    resolve,
+)
 from twostep.runtime.memory_meter import live_bytes
 
 

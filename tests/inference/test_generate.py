@@ -14,8 +14,13 @@ from typer.testing import CliRunner
 
 from tiny import random_transformer
 from twostep.cli import app
+from twostep.errors import InputError
 from twostep.inference.compare import compare, parse_model
-from twostep.inference.generate import InputError, generate, parse_size, read_prompts
+from twostep.inference.generate import (
+    generate,
+    parse_size,
+    read_prompts,
+)
 from twostep.inference.pipeline import TwoStepPipeline, save_student
 from twostep.method.rollout import TwoStep, seeded_noise
 from twostep.runtime.images import labelled_rows, tile, to_pil

@@ -14,11 +14,11 @@ from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
 
 from tiny import random_transformer
+from twostep.errors import ModelError
 from twostep.inference.pipeline import TwoStepPipeline, save_student
 from twostep.inference.sampler import Sampler, read_two_step
 from twostep.method.flow import sigma_schedule
 from twostep.method.rollout import TwoStep, seeded_noise
-from twostep.models.folder import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,11 @@ def pipe(student: Path) -> TwoStepPipeline:
 def call(pipe: TwoStepPipeline, prompt="a dog", **changes):
     arguments = {"height": 32, "width": 32, "output_type": "latent"} | changes
     return pipe(prompt, **arguments)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: where weights lie in memory decides how some processors add up."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
 
 
 def test_schedule_is_the_folders(student: Path, pipe: TwoStepPipeline) -> None:
@@ -60,7 +65,7 @@ def test_saved_again_it_is_the_same(pipe: TwoStepPipeline, tmp_path: Path) -> No
     pipe.save_pretrained(tmp_path / "again")
     again = TwoStepPipeline.from_pretrained(tmp_path / "again")
     noise = seeded_noise([5], (8, 8, 8))
-    assert torch.equal(call(pipe, latents=noise).images, call(again, latents=noise).images)
+    close(call(pipe, latents=noise).images, call(again, latents=noise).images)
     assert read_two_step(tmp_path / "again") == TwoStep(0.75)
 
 
@@ -219,7 +224,7 @@ def test_weights_that_wait_elsewhere_come_for_both_steps(
                 offload_to_disk_path=str(tmp_path / str(number)), **blocks,
             )  # fmt: skip
     for _ in range(2):
-        assert torch.equal(call(pipe, latents=noise).images, expected)
+        close(call(pipe, latents=noise).images, expected)
 
 
 def test_models_take_turns_under_offloading(student: Path) -> None:

@@ -17,12 +17,16 @@ from twostep.data.cache.teach import teach
 from twostep.distill.checkpoint import list_checkpoints
 from twostep.distill.objectives.roles import bind_role
 from twostep.distill.trainer import Trainer
+from twostep.errors import RecipeError
 from twostep.families.zimage import PromptBatch, ZImageVelocity
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import TwoStep, two_step
 from twostep.models.adapters import AdapterRole, SharedBackbone
 from twostep.models.int8 import Int8Linear
-from twostep.recipe.schema import Recipe, RecipeError, Student
+from twostep.recipe.schema import (
+    Recipe,
+    Student,
+)
 from twostep.runtime.devices import compile_blocks
 
 NAMES = ["first", "second", "fake1", "fake2"]

@@ -12,14 +12,25 @@ from typer.testing import CliRunner
 
 from tiny import random_transformer
 from twostep.cli import app
-from twostep.exports.registry import assemble, export
+from twostep.errors import InputError, ModelError
+from twostep.exports.registry import (
+    assemble,
+    export,
+)
 from twostep.families.zimage import ZImageVelocity
 from twostep.inference import generate as generate_module
-from twostep.inference.generate import Holding, InputError, generate
+from twostep.inference.generate import (
+    Holding,
+    generate,
+)
 from twostep.inference.pipeline import save_student
 from twostep.inference.sampler import Sampler, read_schedule
 from twostep.method.rollout import TwoStep, seeded_noise
-from twostep.models.folder import Decoder, ModelError, PromptEncoder, resolve
+from twostep.models.folder import (
+    Decoder,
+    PromptEncoder,
+    resolve,
+)
 from twostep.models.int8 import Int8Linear, is_packed, pack_int8, transformer_of
 from twostep.models.lora_pair import LoraPair
 

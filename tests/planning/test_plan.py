@@ -17,17 +17,20 @@ from twostep.cli import app
 from twostep.data.cache.teach import teach
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.trainer import Trainer
+from twostep.errors import ModelError, RecipeError
 from twostep.families.zimage import PromptBatch, ZImageVelocity
 from twostep.inference.pipeline import save_student
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import TwoStep, seeded_noise
 from twostep.models.adapters import SharedBackbone
-from twostep.models.folder import ModelError
 from twostep.models.int8 import Memory
 from twostep.planning.generation import generation_needs
 from twostep.planning.training import measure, plan
 from twostep.planning.weightless import shape_folder
-from twostep.recipe.schema import Recipe, RecipeError, Student
+from twostep.recipe.schema import (
+    Recipe,
+    Student,
+)
 from twostep.runtime.memory_meter import gradients_dropped, held_bytes, live_bytes
 
 Make = Callable[..., Recipe]

@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from twostep.models.folder import ZOO
-from twostep.recipe.schema import Recipe, RecipeError
+from twostep.errors import RecipeError
+from twostep.models.folder import (
+    ZOO,
+)
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 MINIMAL = {"name": "x", "teacher": {"model": "zoo:emoji-teacher"}}
 

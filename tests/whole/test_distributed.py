@@ -25,8 +25,11 @@ from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.roles import FullRole
 from twostep.distill.sharding import Sharder
 from twostep.distill.trainer import Trainer
+from twostep.errors import RecipeError
 from twostep.families.zimage import PromptBatch
-from twostep.recipe.schema import Recipe, RecipeError
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.distributed import World, whole
 
 Make = Callable[..., Recipe]

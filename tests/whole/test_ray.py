@@ -14,7 +14,9 @@ from runs import assert_same_run
 from twostep.data.cache.teach import teach
 from twostep.distill import on_ray
 from twostep.distill.trainer import Trainer
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 
 def test_two_workers_equal_one_process(

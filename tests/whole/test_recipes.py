@@ -9,7 +9,9 @@ import pytest
 from twostep.data.cache.teach import teach
 from twostep.distill.trainer import Trainer
 from twostep.inference.pipeline import TwoStepPipeline
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 Z_IMAGE = [path for path in RECIPES if path.name.startswith("z-image")]

@@ -12,7 +12,9 @@ from types import ModuleType
 import pytest
 
 from twostep.data.cache.teach import teach
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 FOLDER = Path(__file__).parents[2] / "studies" / "ablation"
 

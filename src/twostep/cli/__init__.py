@@ -45,7 +45,9 @@ def teach(
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
     """
     from twostep.data.cache.teach import teach as run
-    from twostep.recipe.schema import Recipe
+    from twostep.recipe.schema import (
+        Recipe,
+    )
 
     _quiet()
     run(Recipe.load(recipe, overrides or ()), repair=repair)
@@ -64,7 +66,9 @@ def distill(
 
     Example: twostep distill recipes/emoji-demo.yaml training.turns=500
     """
-    from twostep.recipe.schema import Recipe
+    from twostep.recipe.schema import (
+        Recipe,
+    )
 
     resolved = Recipe.load(recipe, overrides or ())
     if dry_run:
@@ -102,7 +106,9 @@ def plan(
     """
     from twostep.planning.tables import tables
     from twostep.planning.training import plan as run
-    from twostep.recipe.schema import Recipe
+    from twostep.recipe.schema import (
+        Recipe,
+    )
 
     _quiet()
     found = run(Recipe.load(recipe, overrides or ()), gpus, memory, prompt_tokens, tflops)
@@ -157,8 +163,15 @@ def generate(
 
     From a file, with a sheet: twostep generate --model runs/x/student --prompts all.txt --grid
     """
-    from twostep.inference.generate import Holding, parse_size, read_prompts, save_grid
-    from twostep.inference.generate import generate as run
+    from twostep.inference.generate import (
+        Holding,
+        parse_size,
+        read_prompts,
+        save_grid,
+    )
+    from twostep.inference.generate import (
+        generate as run,
+    )
 
     _quiet()
     texts = read_prompts(prompts or (), prompts_file)
@@ -198,7 +211,9 @@ def compare(
     Example: twostep compare zoo:emoji-teacher@2 zoo:emoji-student --prompt "a dog" --count 8
     """
     from twostep.inference.compare import compare as run
-    from twostep.inference.generate import parse_size
+    from twostep.inference.generate import (
+        parse_size,
+    )
 
     _quiet()
     print(run(models, prompt, out, seed, count, parse_size(size), preview, device))
@@ -282,8 +297,13 @@ def export(
 
     Example: twostep export --model runs/x/student --to comfyui --out exported
     """
-    from twostep.exports.registry import export as run
-    from twostep.inference.generate import parse_size, read_prompts
+    from twostep.exports.registry import (
+        export as run,
+    )
+    from twostep.inference.generate import (
+        parse_size,
+        read_prompts,
+    )
 
     _quiet()
     prompts = () if check is None else read_prompts((), check)
@@ -306,7 +326,9 @@ def assemble(
 
     Example: twostep assemble --teacher TEACHER --first a.safetensors --second b/ --out student
     """
-    from twostep.exports.registry import assemble as run
+    from twostep.exports.registry import (
+        assemble as run,
+    )
 
     _quiet()
     run(teacher, first, second, out)

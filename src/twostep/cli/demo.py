@@ -13,8 +13,12 @@ from twostep.distill.monitor import read_metrics
 from twostep.distill.trainer import Trainer
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
 from twostep.evaluation.prompts import PromptSet
-from twostep.models.folder import ZOO
-from twostep.recipe.schema import Recipe
+from twostep.models.folder import (
+    ZOO,
+)
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 RECIPE = ZOO / "emoji-demo.yaml"
 SHIPPED = "zoo:emoji-student"

@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from twostep.models.folder import Decoder, PromptEncoder
-from twostep.recipe.schema import RecipeError
+from twostep.errors import RecipeError
+from twostep.models.folder import (
+    Decoder,
+    PromptEncoder,
+)
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 

@@ -12,7 +12,9 @@ from twostep.data.real_images import ExternalReals
 from twostep.distill.objectives.turns import Batch
 from twostep.distill.order import Order
 from twostep.families.zimage import PromptBatch
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 
 def order_of(cache: TeacherCache, window: int = 1) -> Order:

@@ -12,7 +12,9 @@ from twostep.data.cache.spec import Plan
 from twostep.data.cache.teach import teach
 from twostep.distill.trainer import Trainer
 from twostep.errors import UserError
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 
 class RayError(UserError, RuntimeError):

@@ -15,9 +15,15 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from twostep.errors import RecipeError
 from twostep.families.zimage import ZImageVelocity
-from twostep.models.folder import transformer_with, unloaded_transformer
-from twostep.recipe.schema import Recipe, RecipeError
+from twostep.models.folder import (
+    transformer_with,
+    unloaded_transformer,
+)
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.distributed import World, whole
 
 

@@ -30,11 +30,15 @@ from twostep.distill.progress import TurnProgress
 from twostep.distill.sharding import Sharder, whole_transformer
 from twostep.distill.tensor_files import load_tensors, save_folder
 from twostep.distill.validation import Validation, Validator
-from twostep.errors import UserError
+from twostep.errors import RecipeError, UserError
 from twostep.inference.pipeline import save_student
 from twostep.method.rollout import TwoStep
-from twostep.models.folder import Decoder
-from twostep.recipe.schema import Recipe, RecipeError
+from twostep.models.folder import (
+    Decoder,
+)
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.devices import pick_device, plain_attention
 from twostep.runtime.distributed import World, whole
 from twostep.runtime.files import write_atomically

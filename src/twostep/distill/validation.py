@@ -17,7 +17,9 @@ from twostep.families.zimage import PromptBatch, ZImageVelocity
 from twostep.inference.sampler import transition_noise
 from twostep.method.flow import add_noise, sigma_schedule
 from twostep.method.rollout import Rollout, TwoStep, euler, guided, seeded_noise, two_step
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.distributed import World
 
 # Nearly clean: the features must see the picture, yet stay where the teacher was trained.

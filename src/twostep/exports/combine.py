@@ -8,9 +8,19 @@ from typing import Any
 
 import torch
 
-from twostep.exports.registry import ExportError, check_free, load_part, student_schedule
+from twostep.errors import ExportError
+from twostep.exports.registry import (
+    check_free,
+    load_part,
+    student_schedule,
+)
 from twostep.inference.pipeline import save_student
-from twostep.models.folder import read_architecture, read_shift, resolve, transformer_with
+from twostep.models.folder import (
+    read_architecture,
+    read_shift,
+    resolve,
+    transformer_with,
+)
 
 
 def average(students: Sequence[str], out: Path) -> None:

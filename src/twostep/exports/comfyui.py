@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from twostep.errors import ModelError
 from twostep.inference.sampler import read_two_step
 from twostep.method.flow import sigma_schedule
-from twostep.models.folder import ModelError, read_shift
+from twostep.models.folder import (
+    read_shift,
+)
 from twostep.runtime.files import write_atomically
 
 _RENAMED = (

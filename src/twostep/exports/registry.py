@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import ZImageTransformer2DModel
 
+from twostep.errors import ExportError
 from twostep.evaluation.metrics import peak_signal_to_noise
 from twostep.exports.card import lora_card, student_card
 from twostep.exports.comfyui import export_comfyui
@@ -18,15 +19,14 @@ from twostep.inference.pipeline import save_student
 from twostep.inference.sampler import Sampler, read_two_step
 from twostep.method.flow import sigma_schedule
 from twostep.method.rollout import TwoStep, seeded_noise
-from twostep.models.folder import ModelError, read_shift, resolve
+from twostep.models.folder import (
+    read_shift,
+    resolve,
+)
 from twostep.models.lora_pair import STEPS, LoraPair
 from twostep.runtime.files import write_atomically
 
 FORMATS = ("diffusers", "lora", "comfyui", "torch")
-
-
-class ExportError(ModelError):
-    """An export that cannot be made."""
 
 
 def export(

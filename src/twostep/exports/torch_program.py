@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from twostep.errors import ModelError
 from twostep.families.zimage import SEQUENCE_MULTIPLE, PromptBatch
 from twostep.inference.sampler import Field, Sampler
 from twostep.method.rollout import TwoStep
-from twostep.models.folder import ModelError
 from twostep.models.lora_pair import STEPS
 from twostep.runtime.files import write_atomically
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from twostep.inference.generate import InputError, check_prompts, load_sampler
+from twostep.errors import InputError
+from twostep.inference.generate import (
+    check_prompts,
+    load_sampler,
+)
 from twostep.method.rollout import seeded_noise
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import labelled_rows, to_pil

@@ -15,10 +15,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from twostep.data.prompts import load_prompts
-from twostep.errors import UserError
+from twostep.errors import InputError
 from twostep.inference.sampler import Sampler, base_folder, count_steps, fingerprint, read_schedule
 from twostep.method.rollout import TwoStep, seeded_noise
-from twostep.models.folder import MAX_PIXELS, LatentSpace, PromptEncoder
+from twostep.models.folder import (
+    MAX_PIXELS,
+    LatentSpace,
+    PromptEncoder,
+)
 from twostep.models.int8 import MODES, Memory
 from twostep.runtime.devices import pick_device
 from twostep.runtime.files import write_atomically
@@ -26,10 +30,6 @@ from twostep.runtime.images import tile, to_pil
 
 # Prompts that are encoded before the transformers are loaded, and remembered.
 _ENCODED_FIRST = 512
-
-
-class InputError(UserError, ValueError):
-    """An argument that cannot be used; the message names it."""
 
 
 def parse_size(text: str) -> tuple[int, int]:

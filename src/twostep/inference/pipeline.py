@@ -16,12 +16,12 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from twostep.errors import ModelError
 from twostep.families.zimage import PromptBatch, ZImageVelocity
 from twostep.inference.sampler import bind, transition_noise
 from twostep.method.rollout import TwoStep, two_step
 from twostep.models.folder import (
     LatentSpace,
-    ModelError,
     PromptEncoder,
     read_index,
     resolve,

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twostep.errors import ModelError
 from twostep.families.zimage import PromptBatch, ZImageVelocity
 from twostep.method.flow import sigma_schedule
 from twostep.method.rollout import TwoStep, VelocityField, euler, guided, two_step
 from twostep.models.folder import (
     Decoder,
     LatentSpace,
-    ModelError,
     PromptEncoder,
     load_velocity,
     locate,

@@ -16,10 +16,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from twostep.errors import RecipeError
 from twostep.families.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.models.int8 import pack_int8
 from twostep.models.lora_pair import AdapterSwitch
-from twostep.recipe.schema import RecipeError
 
 
 class SharedBackbone(AdapterSwitch):

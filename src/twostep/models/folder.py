@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ZImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from twostep.errors import UserError
+from twostep.errors import ModelError
 from twostep.families.zimage import PATCH, ZImageVelocity
 from twostep.models.prompt_store import PromptStore
 from twostep.runtime.files import folder_fingerprint
@@ -25,10 +25,6 @@ MAX_PIXELS = 2048 * 2048
 _COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 # Pickled weights are never fetched, let alone opened.
 _HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
-
-
-class ModelError(UserError, ValueError):
-    """A model folder that cannot be used; the message says what was expected."""
 
 
 @cache

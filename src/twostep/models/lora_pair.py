@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twostep.errors import ModelError
 from twostep.families.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.method.rollout import TwoStep
-from twostep.models.folder import ModelError, load_velocity, resolve
+from twostep.models.folder import (
+    load_velocity,
+    resolve,
+)
 from twostep.runtime.files import write_atomically
 
 INDEX = "twostep.json"

@@ -18,11 +18,18 @@ from twostep.inference.sampler import Field, bind
 from twostep.method.flow import sigma_schedule
 from twostep.method.rollout import TwoStep, two_step
 from twostep.models.adapters import SharedBackbone
-from twostep.models.folder import Decoder, LatentSpace, read_architecture, read_shift
+from twostep.models.folder import (
+    Decoder,
+    LatentSpace,
+    read_architecture,
+    read_shift,
+)
 from twostep.models.int8 import Memory, pack_int8, transformer_of
 from twostep.models.lora_pair import STEPS, AdapterField
 from twostep.planning.weightless import load_nothing, make_fake, shape_folder
-from twostep.recipe.schema import Student
+from twostep.recipe.schema import (
+    Student,
+)
 from twostep.runtime.memory_meter import held_bytes, live_bytes
 
 Steps = Literal["two_sets", "lora"]

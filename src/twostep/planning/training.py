@@ -22,7 +22,9 @@ from twostep.distill.objectives.turns import Batch, CriticTurn, ScoreTurn, Stude
 from twostep.distill.optimizers import state_numbers
 from twostep.method.flow import sigma_schedule
 from twostep.method.rollout import TwoStep
-from twostep.models.folder import read_shift
+from twostep.models.folder import (
+    read_shift,
+)
 from twostep.planning.weightless import (
     CPU,
     cache_bytes,
@@ -31,7 +33,9 @@ from twostep.planning.weightless import (
     random_batch,
     shape_folder,
 )
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.distributed import divide_batch
 from twostep.runtime.memory_meter import gradients_dropped, live_bytes
 

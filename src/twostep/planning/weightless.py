@@ -17,7 +17,9 @@ from twostep.models.folder import (
     resolve,
     unloaded_transformer,
 )
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 
 CONFIGURATIONS = Path(__file__).parent / "configurations"
 # Models whose shape is known without asking the hub.

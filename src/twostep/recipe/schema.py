@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from twostep.errors import UserError
+from twostep.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -19,10 +19,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 # (height, width) in pixels
 Size = tuple[Count, Count]
-
-
-class RecipeError(UserError, ValueError):
-    """A recipe that cannot be used; the message names the key, the value and what is allowed."""
 
 
 class _Section(BaseModel):

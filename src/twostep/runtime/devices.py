@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from twostep.recipe.schema import RecipeError
+from twostep.errors import RecipeError
 
 
 def pick_device(name: str) -> torch.device:

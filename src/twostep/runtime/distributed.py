@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twostep.recipe.schema import RecipeError
+from twostep.errors import RecipeError
 from twostep.runtime.processes import rank_and_world
 
 

@@ -11,9 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from twostep.data.prompts import load_prompts
+from twostep.errors import RecipeError
 from twostep.method.flow import sigma_schedule
-from twostep.models.folder import LatentSpace, read_shift, resolve
-from twostep.recipe.schema import Recipe, RecipeError, Size
+from twostep.models.folder import (
+    LatentSpace,
+    read_shift,
+    resolve,
+)
+from twostep.recipe.schema import (
+    Recipe,
+    Size,
+)
 from twostep.runtime.files import folder_fingerprint
 
 VERSION = 1

@@ -10,7 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from twostep.data.cache.build import TeacherCache, build, check_shard, finish
 from twostep.data.cache.spec import Plan
 from twostep.inference.sampler import Sampler
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.devices import pick_device
 from twostep.runtime.processes import local_device, rank_and_world, wait_for
 

@@ -15,12 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from twostep.errors import RecipeError
 from twostep.families.zimage import Prediction, PromptBatch, ZImageVelocity
 from twostep.method.critic import CriticHeads
 from twostep.method.rollout import VelocityField
 from twostep.models.adapters import AdapterRole, SharedBackbone
-from twostep.models.folder import load_velocity, read_architecture, read_index, resolve
-from twostep.recipe.schema import Recipe, RecipeError
+from twostep.models.folder import (
+    load_velocity,
+    read_architecture,
+    read_index,
+    resolve,
+)
+from twostep.recipe.schema import (
+    Recipe,
+)
 from twostep.runtime.devices import allow_graphs, compile_blocks
 from twostep.runtime.files import folder_fingerprint
 

@@ -22,7 +22,10 @@ from twostep.method.flow import (
     velocity_target,
 )
 from twostep.method.rollout import Rollout, TwoStep, guided, two_step
-from twostep.recipe.schema import Recipe, StepLosses
+from twostep.recipe.schema import (
+    Recipe,
+    StepLosses,
+)
 
 
 @dataclass(frozen=True)
