@@ -3,14 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from twostep.errors import RecipeError
 from twostep.models.folder import (
     ZOO,
 )
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.rules import MAY_CHANGE, differences
+from twostep.recipe.schema import Recipe
 
 MINIMAL = {"name": "x", "teacher": {"model": "zoo:emoji-teacher"}}
 
@@ -109,3 +110,36 @@ def test_missing_file_and_wrong_content(tmp_path: Path) -> None:
     path.write_text("- 1\n")
     with pytest.raises(RecipeError, match="must hold a mapping, found list"):
         Recipe.load(path)
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= leaves(inner, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = field
+    return found
+
+
+def test_every_leaf_has_a_description() -> None:
+    found = leaves(Recipe)
+    assert len(found) > 80
+    assert [key for key, field in found.items() if not field.description] == []
+    assert [key for key, field in found.items() if (field.description or "").endswith(".")] == []
+
+
+def test_keys_that_may_change_exist() -> None:
+    assert set(leaves(Recipe)) >= MAY_CHANGE
+
+
+def test_differences_name_what_a_continuation_may_not_change() -> None:
+    begun = Recipe.parse(MINIMAL)
+    longer = {"training": {"turns": 5000, "device": "cpu"}, "distributed": {"sharding": "shard"}}
+    assert differences(begun, Recipe.parse({**MINIMAL, **longer})) == []
+    other = {"training": {"turns": 5000, "batch_size": 8}, "data": {"height": 32}}
+    assert differences(begun, Recipe.parse({**MINIMAL, **other})) == [
+        "data.height was 64, is 32",
+        "training.batch_size was 24, is 8",
+    ]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from twostep.errors import RecipeError
+from twostep.recipe import rules
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -29,8 +27,10 @@ class Teacher(_Section):
     """The few-step model whose images the student must match."""
 
     model: str = Field(description="a diffusers folder, or zoo:NAME for one inside the package")
-    steps: Count = 8
-    guidance_scale: NonNegative = 0.0
+    steps: Count = Field(8, description="Euler steps from noise to the cached image")
+    guidance_scale: NonNegative = Field(
+        0.0, description="guidance g of the cached images, `c + g (c - u)`; 0: none"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="the frozen weights' type, of the score too"
     )
@@ -42,13 +42,17 @@ class Score(_Section):
     model: str | None = Field(
         None, description="a diffusers folder or zoo:NAME; empty: the teacher"
     )
-    guidance_scale: NonNegative = 0.0
+    guidance_scale: NonNegative = Field(
+        0.0, description="guidance of the score when it is asked; 0: none"
+    )
     fit_turns: Annotated[int, Field(ge=0)] = Field(
         0,
         description="turns of flow matching on the teacher's cached images before the student's "
         "first: a few-step teacher's own field is not the score of the images it makes",
     )
-    learning_rate: Positive = Field(2e-4, description="while it is fitted")
+    learning_rate: Positive = Field(
+        2e-4, description="while it is fitted; falls linearly over the second half"
+    )
     caption_dropout: Fraction = Field(
         0.0,
         description="while it is fitted, the share of samples with the empty prompt in place of "
@@ -67,9 +71,11 @@ class Data(_Section):
     prompt_count: Count = Field(1024, description="how many prompts to use; a file may have more")
     prompt_column: str = Field("prompt", description="of a .jsonl or .parquet file or a dataset")
     prompt_split: str = Field("train", description="of a dataset of the hub")
-    samples_per_prompt: Count = 1
-    height: Count = 64
-    width: Count = 64
+    samples_per_prompt: Count = Field(
+        1, description="cached images of each prompt, each from noise of its own"
+    )
+    height: Count = Field(64, description="of the images, in pixels")
+    width: Count = Field(64, description="of the images, in pixels")
     other_sizes: tuple[Size, ...] = Field(
         (),
         description="further (height, width); prompts take turns, every batch is of one size; "
@@ -80,9 +86,14 @@ class Data(_Section):
         description="batches whose samples are sorted by caption length together, so that less is "
         "padded; 1: not sorted",
     )
-    seed: int = 0
-    cache: Path = Path("runs/cache")
-    shard_size: Count = 256
+    seed: int = Field(
+        0, description="of the embedded scenes, the cached images' noise and the validation's"
+    )
+    cache: Path = Field(
+        Path("runs/cache"),
+        description="folder of the teacher's images; runs of the same teacher and data share it",
+    )
+    shard_size: Count = Field(256, description="images in each file of the cache")
     reals: str = Field(
         "teacher",
         description="teacher, or a folder of images for the critic's reals; captions from its "
@@ -127,8 +138,16 @@ class Student(_Section):
         description="for lora: the frozen weights' type; int8: the blocks' matrices in 8 bits with "
         "a scale for each output, the rest in bfloat16",
     )
-    gradient: Literal["end_to_end", "cut"] = "end_to_end"
-    transition: Literal["euler", "renoise"] = "euler"
+    gradient: Literal["end_to_end", "cut"] = Field(
+        "end_to_end",
+        description="end_to_end: the final image's loss reaches step 1 too; cut: it stops between "
+        "the steps",
+    )
+    transition: Literal["euler", "renoise"] = Field(
+        "euler",
+        description="euler: step 2 goes on where step 1's velocity leads; renoise: at step 1's "
+        "image with fresh noise",
+    )
 
     @property
     def sharing(self) -> Literal["shared", "decoupled"]:
@@ -139,20 +158,28 @@ class Student(_Section):
 class StepLosses(_Section):
     """Weights of the loss on one clean prediction (docs/method.md)."""
 
-    weight: NonNegative = 1.0
-    distribution_matching: NonNegative = 1.0
-    guidance_augmentation: NonNegative = 0.0
-    adversarial: NonNegative = 1.0
+    weight: NonNegative = Field(1.0, description="multiplies every term on the final image")
+    distribution_matching: NonNegative = Field(
+        1.0, description="weight of the step from the fake's image towards the score's (eq. 6)"
+    )
+    guidance_augmentation: NonNegative = Field(
+        0.0, description="weight of the step along the score's guidance (eq. 7)"
+    )
+    adversarial: NonNegative = Field(1.0, description="weight of the critic's verdict (eq. 8)")
     regression: NonNegative = Field(0.0, description="on cached pairs, kept up after the warm-up")
 
 
 class Step1Losses(StepLosses):
     """The same for what step 1 points to."""
 
-    weight: NonNegative = 0.5
+    weight: NonNegative = Field(
+        0.5, description="multiplies every term on step 1's image, in the warm-up too; 0: off"
+    )
 
 
 class Losses(_Section):
+    """What the student learns by."""
+
     final: StepLosses = StepLosses()
     step1: Step1Losses = Step1Losses()
     consistency: NonNegative = Field(
@@ -166,7 +193,11 @@ class Losses(_Section):
     warmup_turns: Annotated[int, Field(ge=0)] = Field(
         200, description="student turns of regression on cached teacher pairs before the rest"
     )
-    warmup_step1_target: Literal["final", "trajectory"] = "final"
+    warmup_step1_target: Literal["final", "trajectory"] = Field(
+        "final",
+        description="what step 1 regresses on: the teacher's image, or its latents where step 2 "
+        "begins (step 2's noise level must be one of the teacher's)",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Losses:
@@ -178,23 +209,31 @@ class Losses(_Section):
 class Fake(_Section):
     """The flow model that follows the student's own distribution."""
 
-    models: Literal["per_step", "one"] = "per_step"
-    learning_rate: Positive = 2e-4
+    models: Literal["per_step", "one"] = Field(
+        "per_step", description="a fake for each step's images, or one for both"
+    )
+    learning_rate: Positive = Field(2e-4, description="of the fakes; decays with the student's")
 
 
 class Critic(_Section):
     """The discriminator's heads on hidden states of the frozen teacher."""
 
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = (2, 4)
-    width: Count = 64
-    learning_rate: Positive = 1e-3
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (2, 4), description="the teacher's blocks that a head looks at, from 0, ascending"
+    )
+    width: Count = Field(64, description="channels of each head")
+    learning_rate: Positive = Field(1e-3, description="of the heads; decays with the student's")
     paired: bool = Field(
         True,
         description="real and fake samples come from the same noise; with data.reals: teacher only",
     )
     r1: NonNegative = Field(0.0, description="weight of the approximate R1 penalty")
-    r1_noise: Positive = 0.05
-    tau_range: tuple[Fraction, Fraction] = (0.02, 0.98)
+    r1_noise: Positive = Field(
+        0.05, description="standard deviation, in latents, of the penalty's finite difference"
+    )
+    tau_range: tuple[Fraction, Fraction] = Field(
+        (0.02, 0.98), description="noise levels at which the critic sees real and fake images"
+    )
 
 
 class Training(_Section):
@@ -202,7 +241,7 @@ class Training(_Section):
 
     turns: Count = Field(1000, description="student turns, the warm-up included")
     minutes: Positive | None = Field(None, description="stop after this time, whatever the turns")
-    batch_size: Count = 24
+    batch_size: Count = Field(24, description="samples of a turn, of all processes together")
     micro_batch: Count | None = Field(
         None,
         description="samples at a time on each process, their gradients added up; empty: all",
@@ -218,41 +257,66 @@ class Training(_Section):
         description="adafactor keeps a row and a column of states for each matrix instead of two "
         "numbers for each weight; its rates are relative to the weights' size",
     )
-    learning_rate: Positive = 1e-4
+    learning_rate: Positive = Field(1e-4, description="of the student")
     warmup_learning_rate: Positive | None = Field(
         None,
         description="the student's rate when its warm-up begins, falling linearly to "
         "learning_rate at its end; empty: learning_rate throughout",
     )
-    betas: tuple[Fraction, Fraction] = (0.0, 0.99)
-    weight_decay: NonNegative = 0.0
-    max_gradient_norm: Positive = 1.0
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.0, 0.99), description="AdamW's, of every trained role"
+    )
+    weight_decay: NonNegative = Field(0.0, description="of every trained role")
+    max_gradient_norm: Positive = Field(
+        1.0, description="gradients of student, fakes, critic and score are clipped to it, each"
+    )
     learning_rate_decay: Fraction = Field(
         0.3, description="share of the run over which the rates fall linearly to a tenth"
     )
-    ema_decay: Fraction = 0.98
-    autocast: bool = True
-    compile: bool = False
+    ema_decay: Fraction = Field(
+        0.98,
+        description="of the averaged weights, which are validated and exported: the mean of about "
+        "1 / (1 - decay) turns",
+    )
+    autocast: bool = Field(True, description="forwards in bfloat16, weights as they are")
+    compile: bool = Field(
+        False, description="torch.compile: slow to begin, then faster; with lora block by block"
+    )
     checkpoint_activations: bool = Field(
         False, description="recompute blocks in the backward pass: less memory, a third more time"
     )
     checkpoint_share: Fraction = Field(
         1.0, description="with checkpoint_activations: of the blocks, evenly spread"
     )
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    log_every: Count = 10
-    sample_every: Count = 200
-    sample_prompts: Count = 8
-    validate_every: Count = 100
-    validation_samples: Count = 128
-    save_every: Count = 200
-    keep_checkpoints: Count = 2
+    seed: int = Field(
+        0,
+        description="of the data's order, all noise of the turns, adapters and the critic's heads",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU where there is one"
+    )
+    log_every: Count = Field(10, description="turns between lines of metrics.jsonl")
+    sample_every: Count = Field(
+        200,
+        description="turns between sample sheets; drawn at validations, so a multiple of "
+        "validate_every",
+    )
+    sample_prompts: Count = Field(8, description="columns of a sample sheet")
+    validate_every: Count = Field(
+        100, description="turns between validations; the best of them is the exported student"
+    )
+    validation_samples: Count = Field(
+        128, description="images of a validation, two a prompt; fewer than 64 tell little"
+    )
+    save_every: Count = Field(200, description="turns between checkpoints")
+    keep_checkpoints: Count = Field(2, description="the newest checkpoints that stay on disk")
     async_saves: bool = Field(
         False, description="train on while a checkpoint is written; takes memory for a copy of it"
     )
     max_non_finite: Count = Field(10, description="stop after this many skipped turns in a row")
-    tensorboard: bool = False
+    tensorboard: bool = Field(
+        False, description="scalars to RUN/tensorboard too; needs the package tensorboard"
+    )
 
 
 class Distributed(_Section):
@@ -272,7 +336,9 @@ class Distributed(_Section):
 class Recipe(_Section):
     """One distillation. `Recipe.load` reads YAML and dotted overrides."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run and of its folder"
+    )
     shift: Positive | None = Field(None, description="time shift; empty: the teacher's scheduler's")
     step2_sigma: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="noise level of the second step; empty: the two-step schedule's own"
@@ -286,59 +352,11 @@ class Recipe(_Section):
     critic: Critic = Critic()
     training: Training = Training()
     distributed: Distributed = Distributed()
-    output: Path = Path("runs")
+    output: Path = Field(Path("runs"), description="the folder in which the run's folder is")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        augmented = (
-            self.losses.final.guidance_augmentation + self.losses.step1.guidance_augmentation
-        )
-        if augmented and self.score.model is None and not self.score.fit_turns:
-            raise ValueError(
-                "losses.*.guidance_augmentation needs score.model or a fitted score: guidance "
-                "makes no sense for a guidance-free teacher (Z-Image issue 110)"
-            )
-        unprompted = self.score.fit_turns == 0 or self.score.caption_dropout > 0
-        if (self.score.guidance_scale or augmented) and not unprompted:
-            raise ValueError(
-                "score.fit_turns fits the score to captioned images alone: score.guidance_scale "
-                "and losses.*.guidance_augmentation must be 0, or score.caption_dropout above 0"
-            )
-        if self.score.fit_turns and self.score.model and self.student.parameters == "lora":
-            raise ValueError(
-                "score.fit_turns with student.parameters: lora fits an adapter on the teacher; "
-                "leave score.model empty"
-            )
-        if self.losses.consistency and self.student.parameters != "shared":
-            raise ValueError(
-                "losses.consistency needs student.parameters: shared, since one network must "
-                f"answer at every noise level; got {self.student.parameters}"
-            )
-        if self.student.parameters == "lora" and self.student.init is not None:
-            raise ValueError(
-                "student.init is not available with student.parameters: lora, whose adapters "
-                "start at zero"
-            )
-        sharding = self.distributed
-        if sharding.sharding == "replicate" and (sharding.shard_size or sharding.cpu_offload):
-            raise ValueError(
-                "distributed.shard_size and cpu_offload need distributed.sharding: shard"
-            )
-        if sharding.sharding == "shard" and self.training.optimizer == "adafactor":
-            raise ValueError(
-                "training.optimizer: adafactor needs whole matrices; with distributed.sharding: "
-                "shard use adamw, whose states are sharded too"
-            )
-        if sharding.sharding == "shard" and self.student.parameters == "lora":
-            raise ValueError(
-                "distributed.sharding: shard is for full sets of weights; with "
-                "student.parameters: lora every process holds the one backbone"
-            )
-        if self.losses.warmup_turns > self.training.turns:
-            raise ValueError(
-                f"losses.warmup_turns ({self.losses.warmup_turns}) exceeds "
-                f"training.turns ({self.training.turns})"
-            )
+        rules.check(self)
         return self
 
     @property
@@ -351,85 +369,27 @@ class Recipe(_Section):
 
     @staticmethod
     def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-        """Reads a YAML recipe; `overrides` are `key.path=value`, the value parsed as YAML.
+        """See `twostep.recipe.loading.load`."""
+        from twostep.recipe import loading
 
-        Raises:
-            RecipeError: unreadable file, unknown key, or a value out of range.
-        """
-        if not path.is_file():
-            raise RecipeError(f"no recipe at {path}")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path} must hold a mapping, found {type(values).__name__}")
-        for override in overrides:
-            _apply(values, override)
-        return Recipe.parse(values)
+        return loading.load(path, overrides)
 
     @staticmethod
     def parse(values: Mapping[str, Any]) -> Recipe:
-        """Validates a nested mapping.
+        """See `twostep.recipe.loading.parse`."""
+        from twostep.recipe import loading
 
-        Raises:
-            RecipeError: with one line per mistake.
-        """
-        try:
-            return Recipe.model_validate(values)
-        except ValidationError as error:
-            raise RecipeError("\n".join(_explain(e) for e in error.errors())) from error
+        return loading.parse(values)
 
     def to_yaml(self) -> str:
         """The resolved recipe; `Recipe.load` of it gives an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise RecipeError(f"override {override!r}: expected key=value, e.g. training.turns=500")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        section = values.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise RecipeError(f"override {override!r}: {parent} is not a section")
-        values = section
-    try:
-        values[leaf] = yaml.load(text, Loader=_OverrideLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
-
-
-class _OverrideLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people who type it mean a number."""
-
-
-_OverrideLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = _keys_of_section(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{key}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {error['input']!r}" if key else message
-
-
-def _keys_of_section(path: list[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in path:
-        annotation = section.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    return list(section.model_fields)
+def json_schema() -> dict[str, Any]:
+    """What editors check a recipe by: keys, types and ranges, without the rules across sections."""
+    dialect = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:twostep:recipe",
+    }
+    return {**dialect, **Recipe.model_json_schema(), "title": "twostep recipe"}

@@ -1,0 +1,96 @@
+"""A recipe from YAML: overrides, and one line for each mistake."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from twostep.errors import RecipeError
+from twostep.recipe.schema import Recipe
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a YAML recipe; `overrides` are `key.path=value`, the value parsed as YAML.
+
+    Raises:
+        RecipeError: unreadable file, unknown key, or a value out of range.
+    """
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold a mapping, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse(values)
+
+
+def parse(values: Mapping[str, Any]) -> Recipe:
+    """Validates a nested mapping.
+
+    Raises:
+        RecipeError: with one line per mistake.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(e) for e in error.errors())) from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r}: expected key=value, e.g. training.turns=500")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        section = values.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {override!r}: {parent} is not a section")
+        values = section
+    try:
+        values[leaf] = yaml.load(text, Loader=_OverrideLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+class _OverrideLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; people who type it mean a number."""
+
+
+_OverrideLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _keys_of_section(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {error['input']!r}" if key else message
+
+
+def _keys_of_section(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    return list(section.model_fields)
