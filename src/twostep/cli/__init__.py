@@ -1,4 +1,7 @@
-"""The `twostep` command. Heavy imports happen inside the commands."""
+"""The `twostep` command: one file for each group of commands, requests made of options.
+
+Heavy imports stay inside the commands; nothing is computed here.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from twostep.cli import schema as schema_command
 from twostep.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Distil a few-step text-to-image flow model into two steps, check it, and run it.",
 )
+app.callback()(schema_command.version)
 _out = Console()
 
 RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, e.g. recipes/emoji-demo.yaml")]
@@ -374,6 +379,9 @@ def demo(
     _quiet()
     report = run_demo(minutes, out, images)
     _out.print(f"report: {report.with_suffix('.html')}\n        {report}", highlight=False)
+
+
+app.command()(schema_command.schema)
 
 
 @contextmanager

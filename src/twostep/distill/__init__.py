@@ -1,1 +1,4 @@
-"""The training loop and what it needs."""
+"""The training loop and what it needs: updates, batches, validation, checkpoints, sharding.
+
+No loss is written here; losses are in `method`, their sum in `objectives`.
+"""

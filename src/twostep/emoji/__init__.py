@@ -1,1 +1,4 @@
-"""The embedded world: emoji scenes, their captions and the inspector that reads them."""
+"""The embedded world: scenes with captions, their pictures, the inspector that reads them.
+
+Knows no flow model; nothing here is needed for a model of your own.
+"""

@@ -1,1 +1,4 @@
-"""One adapter per model family: batched velocity, prompt encoding, decoding."""
+"""What a family of models is, and one file for each: batched velocity, prompts, latents.
+
+A family knows its network and its text encoder, not folders, roles or training.
+"""
