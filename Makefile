@@ -1,6 +1,7 @@
 # make demo    set up, then distil the embedded teacher and report (about a quarter of an hour)
 # make test    set up, then lint, type-check and test
 # make lint    ruff and mypy only
+# make docs    set up, then build the documentation site, strictly, into build/site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 export MALLOC_TOP_PAD_ ?= 1073741824
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -20,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
+	@echo "installed; now: source $(BIN)/activate"
 
 demo: setup
 	$(BIN)/twostep demo --minutes $(MINUTES)
@@ -32,5 +34,12 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build
