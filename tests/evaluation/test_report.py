@@ -301,6 +301,7 @@ def test_image_grid_has_a_row_per_panel() -> None:
     assert doubled.size == (2 * 28, 2 * 18)
 
 
+@pytest.mark.browser
 def test_page_in_a_browser(
     tmp_path: Path,
     report: dict[str, Any],

@@ -165,6 +165,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 def test_z_image_at_its_real_size() -> None:
     found = plan(Recipe.parse(REAL), memory_gib=80, prompt_tokens=128, tflops=400)
     teacher = found.roles[0]

@@ -55,6 +55,8 @@ SIZES = {"other_sizes": [[32, 64]], "caption_window": 2}
 LORA: dict[str, Any] = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("processes", "student", "distributed", "own", "both"),
     [
@@ -104,6 +106,8 @@ def test_accumulated_gradients_equal_the_whole_batch(make_recipe: Make, tiny_fol
     assert_same_run(whole, parts, tiny_folder)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_saved_by_two_resumed_by_one_and_by_four(
     make_recipe: Make, tmp_path: Path, tiny_folder: Path
 ) -> None:
@@ -132,6 +136,8 @@ def test_saved_by_two_resumed_by_one_and_by_four(
     assert_same_run(alone, four, tiny_folder)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_process_killed_while_saving_costs_only_the_turns_since_the_last_save(
     make_recipe: Make, tmp_path: Path, tiny_folder: Path
 ) -> None:
@@ -161,6 +167,8 @@ def gloo(tmp_path: Path) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_sharded_blocks_compile(
     make_recipe: Make, tiny_folder: Path, gloo: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_lora_from_plan_to_picture(tiny_folder: Path, folder: Path) -> None:
     setup, *steps = commands(0)
     assert setup[:2] == ["pip", "install"]
@@ -75,6 +76,8 @@ def test_lora_from_plan_to_picture(tiny_folder: Path, folder: Path) -> None:
     assert (folder / pictures[0]).is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_full_sets_on_two_processes(tiny_folder: Path, folder: Path) -> None:
     for command in commands(1):
         assert command[0] == "torchrun"

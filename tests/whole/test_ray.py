@@ -19,6 +19,8 @@ from twostep.recipe.schema import (
 )
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_workers_equal_one_process(
     make_recipe: Callable[..., Recipe], tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -24,6 +24,7 @@ def test_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     assert recipe.teacher.guidance_scale == recipe.score.guidance_scale == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", Z_IMAGE, ids=lambda p: p.stem)
 def test_a_small_model_goes_through_it(path: Path, tiny_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"

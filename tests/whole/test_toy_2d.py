@@ -75,6 +75,7 @@ def test_distance(toy: ModuleType) -> None:
     assert toy.sliced_distance(points, moved) == pytest.approx(4 / torch.pi, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_short_run_closes_most_of_the_gap(toy: ModuleType, tmp_path: Path) -> None:
     figures = toy.run(turns=150, seed=0, out=tmp_path)
