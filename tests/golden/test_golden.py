@@ -89,7 +89,10 @@ def close_runs(found: list[dict[str, float]], expected: list[dict[str, float]]) 
     return True
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.distributed) if n == "two_processes" else n for n in RUNS],
+)
 def test_losses_of_eight_turns(
     name: str, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -168,7 +168,6 @@ def gloo(tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 def test_sharded_blocks_compile(
     make_recipe: Make, tiny_folder: Path, gloo: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
