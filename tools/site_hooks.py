@@ -1,7 +1,8 @@
 """Hooks of the documentation site (mkdocs.yml).
 
 README, CONTRIBUTING and CHANGELOG are pages of the site. Links to files that are not part of it
-lead to the repository where mkdocs.yml names one (`repo_url`), and are plain text where it does not.
+lead to the repository where mkdocs.yml names one (`repo_url`), and are plain text where it does
+not.
 """
 
 from __future__ import annotations
