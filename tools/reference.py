@@ -78,6 +78,8 @@ def kind(annotation: Any) -> str:
         inner = [kind(a) for a in arguments if a is not Ellipsis]
         if Ellipsis in arguments:
             return f"list of ({inner[0]})" if " " in inner[0] else f"list of {inner[0]}"
+        if len(set(inner)) == 1:
+            return f"pair of ({inner[0]})"
         return f"[{', '.join(inner)}]"
     if isinstance(annotation, type) and issubclass(annotation, PurePath):
         return "path"
@@ -85,7 +87,13 @@ def kind(annotation: Any) -> str:
 
 
 def bounds(constraints: list[Any] | tuple[Any, ...]) -> str:
-    """`>= 0, <= 1`."""
+    """`> 0, < 1`, or `0 to 1` where both ends belong to it."""
+    low, high = (
+        next((getattr(c, name) for c in constraints if getattr(c, name, None) is not None), None)
+        for name in ("ge", "le")
+    )
+    if low is not None and high is not None:
+        return f"{low} to {high}"
     found = []
     for constraint in constraints:
         if isinstance(constraint, FieldInfo):

@@ -43,7 +43,7 @@ class Score(_Section):
         None, description="a diffusers folder or zoo:NAME; empty: the teacher"
     )
     guidance_scale: NonNegative = Field(
-        0.0, description="guidance of the score when it is asked; 0: none"
+        0.0, description="guidance of the score's prediction; 0: none, 0.25 sharpens a fitted one"
     )
     fit_turns: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -160,13 +160,17 @@ class StepLosses(_Section):
 
     weight: NonNegative = Field(1.0, description="multiplies every term on the final image")
     distribution_matching: NonNegative = Field(
-        1.0, description="weight of the step from the fake's image towards the score's (eq. 6)"
+        1.0, description="weight of the move by which score and fake differ (eq. 6)"
     )
     guidance_augmentation: NonNegative = Field(
-        0.0, description="weight of the step along the score's guidance (eq. 7)"
+        0.0,
+        description="weight of the move along the score's guidance, which needs a score.model or a "
+        "fitted score (eq. 7)",
     )
     adversarial: NonNegative = Field(1.0, description="weight of the critic's verdict (eq. 8)")
-    regression: NonNegative = Field(0.0, description="on cached pairs, kept up after the warm-up")
+    regression: NonNegative = Field(
+        0.0, description="weight of the distance to the cached image, after the warm-up (eq. 9)"
+    )
 
 
 class Step1Losses(StepLosses):
@@ -227,7 +231,9 @@ class Critic(_Section):
         True,
         description="real and fake samples come from the same noise; with data.reals: teacher only",
     )
-    r1: NonNegative = Field(0.0, description="weight of the approximate R1 penalty")
+    r1: NonNegative = Field(
+        0.0, description="weight of the approximate R1 penalty; 0: off (eq. 12)"
+    )
     r1_noise: Positive = Field(
         0.05, description="standard deviation, in latents, of the penalty's finite difference"
     )
