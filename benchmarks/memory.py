@@ -37,7 +37,7 @@ from twostep.models.int8 import KEPT, MODES, Memory, pack_int8, transformer_of
 from twostep.planning.generation import Steps, generation_needs
 from twostep.runtime.devices import pick_device
 from twostep.runtime.files import write_atomically
-from twostep.runtime.memory_meter import held_bytes, live_bytes
+from twostep.runtime.memory_meter import live_bytes, weight_bytes
 from twostep.runtime.provenance import git_commit, machine
 
 # What the real model is asked for, in pixels and tokens.
@@ -101,7 +101,7 @@ class Bench:
         run()
         with live_bytes() as live:
             run()
-        return live.peak + held_bytes(sampler.field, sampler.second, sampler.decoder.vae)
+        return live.peak + weight_bytes(sampler.field, sampler.second, sampler.decoder.vae)
 
     def _one_batch(self, sampler: Sampler) -> Callable[[], None]:
         prompts = self.prompts[: self.batch]
@@ -122,7 +122,7 @@ def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def weight_bytes(sampler: Sampler) -> int:
     """Both steps' transformers, on whatever device."""
-    return held_bytes(*(transformer_of(field) for field in (sampler.field, sampler.second)))
+    return weight_bytes(*(transformer_of(field) for field in (sampler.field, sampler.second)))
 
 
 def by_kind(bench: Bench, student: str, whole: torch.Tensor) -> list[dict[str, Any]]:

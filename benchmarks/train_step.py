@@ -163,7 +163,7 @@ def main(
     def load(source: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
         with chosen:
             transformer = unloaded_transformer(source, part, dtype)
-        return ZImageVelocity(transformer).eval()
+        return as_velocity(transformer).eval()
 
     torch.manual_seed(0)
     expected = plan(recipe, prompt_tokens=prompt_tokens)

@@ -14,9 +14,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import Qwen3Config, Qwen3Model
 
 from tiny import TEXT_WIDTH, random_transformer
-from twostep.models.folder import (
-    ZOO,
-)
+from twostep.models.locate import ZOO
 from twostep.recipe.schema import (
     Recipe,
 )

@@ -35,7 +35,7 @@ def assert_same_run(one: Recipe, other: Recipe, tiny_folder: Path) -> None:
             continue
         begun = start.get(rest[0].removeprefix("transformer."), torch.zeros_like(value))
         moved = (value - begun).norm()
-        assert (value - together[key]).norm() <= 0.02 * moved + 1e-6, key
+        assert (value - together[key]).norm() <= 0.08 * moved + 1e-6, key
         compared += int(moved > 0 and role in ("first", "fake1"))
     assert compared > 10
     losses = [[r["loss"] for r in read_metrics(r.run_folder) if "loss" in r] for r in (one, other)]

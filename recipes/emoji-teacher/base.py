@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from twostep.emoji.scenes import OBJECTS
-from twostep.families.zimage import PromptBatch, ZImageVelocity
+from twostep.families.zimage import PromptBatch
 from twostep.method.flow import add_noise, guide, sample_sigma, velocity_target
 from twostep.runtime.devices import plain_attention
 
@@ -140,7 +140,7 @@ def train_base(
     torch.manual_seed(0)
     scenes = Scenes(work)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    field = ZImageVelocity(new_transformer(width, layers)).to(device)
+    field = as_velocity(new_transformer(width, layers)).to(device)
     text = TextEncoder(tokenizer, new_text_encoder(len(tokenizer)).to(device))
     occupancy_head = nn.Linear(width, len(OBJECTS) + 1).to(device)
     modules: list[nn.Module] = [field.transformer, text.model, occupancy_head]
@@ -202,8 +202,8 @@ def distil_guidance(work: Path, minutes: float, device: str, compiled: bool) -> 
         tokenizer, Qwen3Model.from_pretrained(work / "text_encoder").float().to(device).eval()
     )
     base = ZImageTransformer2DModel.from_pretrained(work / "base", torch_dtype=torch.float32)
-    student = ZImageVelocity(copy.deepcopy(base).to(device))
-    frozen = ZImageVelocity(base.to(device)).requires_grad_(False)
+    student = as_velocity(copy.deepcopy(base).to(device))
+    frozen = as_velocity(base.to(device)).requires_grad_(False)
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.98), weight_decay=0.0)
     average = Average(parameters)

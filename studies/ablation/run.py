@@ -24,7 +24,7 @@ from one_run import run
 from rendered import draw_scenes
 from rows import EXTERNAL, FITS, ROWS, TABLES, Row
 
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill.monitor import read_metrics
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
 from twostep.evaluation.prompts import PromptSet
@@ -135,7 +135,7 @@ def main(
     if not judge:
         if any(EXTERNAL in change for name in names for change in ROWS[name].changes):
             draw_scenes(external, Recipe.load(BASE, common))
-        teach(first)
+        open_cache(first)
         trusted = {ROWS[name].score for name in names}
         fits = [recipe_of_fit(f, fit_turns, out, common) for f in FITS if f in trusted]
         train_all(fits, 1)

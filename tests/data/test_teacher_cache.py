@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from twostep.data.cache.build import CacheError, TeacherCache, build
-from twostep.data.cache.spec import Plan
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import CacheError, TeacherCache, build, open_cache
+from twostep.data.cache.spec import CacheSpec
 from twostep.data.prompts import PromptError, load_prompts
 from twostep.distill.batches import order_of
 from twostep.distill.order import Order
@@ -41,7 +40,7 @@ def shard(recipe: Recipe, number: int, suffix: str = "safetensors") -> Path:
 
 
 def test_samples_are_the_teachers(recipe: Recipe) -> None:
-    cache = teach(recipe)
+    cache = open_cache(recipe)
     assert len(cache) == 24
     assert len(list(recipe.data.cache.glob("shard-*.safetensors"))) == 3
     samples = cache.read([23, 0, 9])
@@ -55,7 +54,7 @@ def test_samples_are_the_teachers(recipe: Recipe) -> None:
 
 
 def test_trajectory_is_the_teachers_latents_at_the_second_noise_level(recipe: Recipe) -> None:
-    samples = teach(recipe).read([5])
+    samples = open_cache(recipe).read([5])
     sampler = Sampler.load(recipe.teacher.model)
     sigmas = sigma_schedule(4, 3.0)
     assert sigmas[2] == pytest.approx(0.75)
@@ -67,7 +66,7 @@ def test_trajectory_is_the_teachers_latents_at_the_second_noise_level(recipe: Re
 
 
 def test_seeds_of_one_prompt_share_its_embedding_and_differ_in_noise(recipe: Recipe) -> None:
-    cache = teach(recipe)
+    cache = open_cache(recipe)
     a, b = cache.read([6]), cache.read([7])
     assert a.prompts == b.prompts
     assert not torch.equal(a.noise, b.noise)
@@ -76,13 +75,13 @@ def test_seeds_of_one_prompt_share_its_embedding_and_differ_in_noise(recipe: Rec
 
 
 def test_order_is_a_permutation_each_epoch_and_a_function_of_the_turn(recipe: Recipe) -> None:
-    order = order_of(teach(recipe))
+    order = order_of(open_cache(recipe))
     epochs = [
         [i for turn in range(6 * e, 6 * e + 6) for i in order.batch(turn, 4, 0)] for e in (0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
     assert epochs[0] != epochs[1]
-    again = order_of(TeacherCache(Plan.of(recipe)))
+    again = order_of(TeacherCache(CacheSpec.of(recipe)))
     assert order.batch(3, 4, 0) == again.batch(3, 4, 0) != order.batch(3, 4, 1)
 
 
@@ -91,9 +90,11 @@ SIZES = {"other_sizes": [[32, 64], [64, 32]]}
 
 def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) -> None:
     recipe = make_recipe(data={**SIZES, "prompt_count": 13, "shard_size": 4})
-    cache = teach(recipe)
+    cache = open_cache(recipe)
     plan, order = cache.plan, order_of(cache)
-    assert sorted(plan.prompts) == sorted(Plan.of(make_recipe(data={"prompt_count": 13})).prompts)
+    assert sorted(plan.prompts) == sorted(
+        CacheSpec.of(make_recipe(data={"prompt_count": 13})).prompts
+    )
     assert [len(plan.samples_of(place)) for place in range(3)] == [10, 8, 8]
     assert {shard.size for shard in plan.shards} == {(32, 32), (32, 64), (64, 32)}
     seen: list[tuple[int, ...]] = []
@@ -137,7 +138,7 @@ def test_a_batch_sorted_by_caption_length_pads_less_and_loses_no_sample() -> Non
 
 
 def test_caption_lengths_are_those_of_the_embeddings(recipe: Recipe) -> None:
-    cache = teach(recipe)
+    cache = open_cache(recipe)
     embeds = cache.read(range(24)).embeds
     assert cache.caption_lengths().tolist() == [len(e) for e in embeds]
 
@@ -155,11 +156,11 @@ def test_bad_sizes_are_refused_before_anything_is_loaded(
     make_recipe: Make, data: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        Plan.of(make_recipe(data=data))
+        CacheSpec.of(make_recipe(data=data))
 
 
 def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
-    plan, sampler = Plan.of(recipe), Sampler.load(recipe.teacher.model)
+    plan, sampler = CacheSpec.of(recipe), Sampler.load(recipe.teacher.model)
     made = 0
 
     def stop_in_second_shard(count: int) -> None:
@@ -175,7 +176,7 @@ def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
     with pytest.raises(CacheError, match="run `twostep teach` first"):
         TeacherCache(plan)
     before = shard(recipe, 0).stat().st_mtime_ns
-    cache = teach(recipe)
+    cache = open_cache(recipe)
     assert shard(recipe, 0).stat().st_mtime_ns == before
     assert len(cache.read(range(24)).ids) == 24
 
@@ -204,20 +205,20 @@ def damage(kind: str, recipe: Recipe) -> None:
     "kind", ["corrupt", "truncated", "missing", "gone", "another", "not a shard's record"]
 )
 def test_bad_shard_is_named_and_repaired(recipe: Recipe, kind: str) -> None:
-    whole = teach(recipe).read(range(24))
+    whole = open_cache(recipe).read(range(24))
     damage(kind, recipe)
     with pytest.raises(CacheError, match=f"shard-00001.*{kind}|{kind}.*shard-00001") as error:
-        teach(recipe)
+        open_cache(recipe)
     assert "--repair" in str(error.value)
-    again = teach(recipe, repair=True).read(range(24))
+    again = open_cache(recipe, repair=True).read(range(24))
     assert torch.equal(whole.latents, again.latents)
 
 
 def test_cache_of_another_recipe_is_refused(make_recipe: Make) -> None:
-    teach(make_recipe())
+    open_cache(make_recipe())
     other = make_recipe(teacher={"steps": 8})
     with pytest.raises(CacheError, match="another teacher, schedule or prompt set"):
-        teach(other)
+        open_cache(other)
 
 
 def test_fingerprint_follows_the_weights(
@@ -227,21 +228,21 @@ def test_fingerprint_follows_the_weights(
 
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder, copy)
-    before = Plan.of(make_recipe(teacher={"model": str(copy)})).fingerprint
+    before = CacheSpec.of(make_recipe(teacher={"model": str(copy)})).fingerprint
     weights = next((copy / "transformer").glob("*.safetensors"))
     tensors = load_file(weights)
     tensors["x_pad_token"] += 1
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert Plan.of(make_recipe(teacher={"model": str(copy)})).fingerprint != before
+    assert CacheSpec.of(make_recipe(teacher={"model": str(copy)})).fingerprint != before
     same_elsewhere = tmp_path / "elsewhere"
     shutil.copytree(tiny_folder, same_elsewhere)
-    moved = Plan.of(make_recipe(teacher={"model": str(same_elsewhere)})).fingerprint
+    moved = CacheSpec.of(make_recipe(teacher={"model": str(same_elsewhere)})).fingerprint
     assert moved == before
 
 
 def test_two_processes_share_the_work(make_recipe: Make, tmp_path: Path) -> None:
     recipe = make_recipe()
-    alone = teach(recipe).read(range(24)).latents
+    alone = open_cache(recipe).read(range(24)).latents
     shared = make_recipe(data={"cache": str(tmp_path / "shared")})
     path = tmp_path / "recipe.yaml"
     path.write_text(shared.to_yaml())
@@ -254,7 +255,7 @@ def test_two_processes_share_the_work(make_recipe: Make, tmp_path: Path) -> None
     ]
     assert [w.wait(timeout=300) for w in workers] == [0, 0]
     torch.testing.assert_close(
-        TeacherCache(Plan.of(shared)).read(range(24)).latents, alone, atol=1e-4, rtol=1e-4
+        TeacherCache(CacheSpec.of(shared)).read(range(24)).latents, alone, atol=1e-4, rtol=1e-4
     )
 
 

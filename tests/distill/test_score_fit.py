@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill.checkpoint import list_checkpoints
 from twostep.distill.monitor import read_metrics
 from twostep.distill.objectives.draws import Draws
@@ -28,8 +28,7 @@ LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
 
 
 def trainer_of(recipe: Recipe) -> Trainer:
-    teach(recipe)
-    return Trainer(recipe)
+    return Trainer(recipe, open_cache(recipe))
 
 
 @pytest.mark.parametrize("student", [{}, LORA], ids=["full", "lora"])

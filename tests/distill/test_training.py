@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill import tensor_files
 from twostep.distill.checkpoint import CheckpointError, list_checkpoints
 from twostep.distill.ema import Ema
 from twostep.distill.monitor import Monitor, read_metrics
+from twostep.distill.objectives.build import build_roles
 from twostep.distill.objectives.draws import Draws
-from twostep.distill.objectives.roles import build_roles
 from twostep.distill.trainer import Interrupted, Trainer, TrainingStopped
 from twostep.errors import RecipeError
 from twostep.inference.pipeline import TwoStepPipeline
@@ -38,8 +38,7 @@ CPU = torch.device("cpu")
 
 
 def trainer_of(recipe: Recipe) -> Trainer:
-    teach(recipe)
-    return Trainer(recipe)
+    return Trainer(recipe, open_cache(recipe))
 
 
 def gradients(trainer: Trainer, warming: bool = False) -> tuple[list, list]:
@@ -398,7 +397,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     whole, rest = recipe("whole"), recipe("parts")
     trainer_of(whole).train()
     trainer_of(recipe("parts", turns=4)).train()
-    resumed = Trainer(rest)
+    resumed = Trainer(rest, open_cache(rest))
     assert resumed.progress.turn == 4
     resumed.train()
     a, b = weights(whole.run_folder), weights(rest.run_folder)
@@ -421,14 +420,14 @@ def test_damaged_checkpoint_is_named(make_recipe: Make) -> None:
     last = list_checkpoints(recipe.run_folder / "checkpoints")[-1]
     (last / "state.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="turn-0000006 cannot be resumed"):
-        Trainer(recipe)
+        Trainer(recipe, open_cache(recipe))
 
 
 def test_half_written_checkpoint_is_not_seen(make_recipe: Make) -> None:
     recipe = make_recipe()
     trainer_of(recipe).train()
     (recipe.run_folder / "checkpoints" / ".turn-0000099.tmp").mkdir()
-    assert Trainer(recipe).progress.turn == 6
+    assert Trainer(recipe, open_cache(recipe)).progress.turn == 6
 
 
 def test_a_checkpoint_written_meanwhile_is_of_the_turn_that_asked_for_it(
@@ -510,7 +509,7 @@ def test_signal_saves_and_the_run_goes_on(make_recipe: Make, tmp_path: Path) -> 
             "keep_checkpoints": 1,
         }
     )
-    teach(recipe)
+    open_cache(recipe)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     process = subprocess.Popen(
@@ -524,7 +523,7 @@ def test_signal_saves_and_the_run_goes_on(make_recipe: Make, tmp_path: Path) -> 
     assert process.returncode == 130
     assert "SIGTERM" in errors
     assert "Traceback" not in errors
-    reached = Trainer(recipe).progress.turn
+    reached = Trainer(recipe, open_cache(recipe)).progress.turn
     assert reached >= 3
 
 

@@ -26,8 +26,8 @@ from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.scorers import load_scorer, quoted_text, text_similarity
 from twostep.inference.pipeline import save_student
 from twostep.inference.sampler import Sampler
-from twostep.method.rollout import TwoStep, seeded_noise
-from twostep.runtime.memory_meter import held_bytes
+from twostep.method.rollout import seeded_noise
+from twostep.runtime.memory_meter import weight_bytes
 
 runner = CliRunner()
 SIZE = (32, 32)
@@ -43,7 +43,7 @@ def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             model.all_final_layer["2-1"].linear.weight.mul_(scale)
         parts.append(model)
     folder = tmp_path_factory.mktemp("students") / "student"
-    save_student(tiny_folder, parts[0], parts[1], TwoStep(0.75), folder)
+    save_student(tiny_folder, parts[0], parts[1], Schedule(3.0, 0.75), folder)
     return folder
 
 
@@ -196,7 +196,7 @@ def test_latency_splits_the_time(tiny_folder: Path, student: Path) -> None:
         assert latency.total == pytest.approx(parts)
         assert min(latency.text, latency.decode, *latency.steps) > 0
         sampler = Sampler.load(str(folder))
-        weights = held_bytes(*sampler.modules())
+        weights = weight_bytes(*sampler.modules())
         assert weights < latency.peak_memory_bytes < 2 * weights
 
 

@@ -26,9 +26,7 @@ from twostep.families.zimage import PromptBatch
 from twostep.inference.pipeline import STANDALONE, TwoStepPipeline, save_student
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import TwoStep, seeded_noise
-from twostep.models.folder import (
-    ZOO,
-)
+from twostep.models.locate import ZOO
 
 NOISE = seeded_noise([3], (8, 8, 8))
 
@@ -49,7 +47,7 @@ def nudged(seed: int, rank: int = 2) -> ZImageTransformer2DModel:
 @pytest.fixture(scope="module")
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports") / "student"
-    save_student(tiny_folder, nudged(1), nudged(2), TwoStep(0.75), folder, torch.float32)
+    save_student(tiny_folder, nudged(1), nudged(2), Schedule(3.0, 0.75), folder, torch.float32)
     return folder
 
 
@@ -116,7 +114,7 @@ def test_comfyui_warns_of_norms_that_rule_out_fp16() -> None:
 
 
 def test_comfyui_refuses_what_its_samplers_do_not_run(tiny_folder: Path, tmp_path: Path) -> None:
-    for schedule in (TwoStep(0.6), TwoStep(0.75, "renoise")):
+    for schedule in (TwoStep(0.6), Schedule(3.0, 0.75, "renoise")):
         folder = tmp_path / "student"
         save_student(tiny_folder, nudged(1), nudged(2), schedule, folder)
         with pytest.raises(
@@ -318,8 +316,8 @@ def test_average_is_the_mean_of_each_steps_weights(
     student: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     other, third = tmp_path / "other", tmp_path / "third"
-    save_student(tiny_folder, nudged(3), nudged(4), TwoStep(0.75), other, torch.float32)
-    save_student(tiny_folder, nudged(5), nudged(6), TwoStep(0.75), third, torch.float32)
+    save_student(tiny_folder, nudged(3), nudged(4), Schedule(3.0, 0.75), other, torch.float32)
+    save_student(tiny_folder, nudged(5), nudged(6), Schedule(3.0, 0.75), third, torch.float32)
     out = tmp_path / "mean"
     names = [str(folder) for folder in (student, other, third)]
     result = CliRunner().invoke(app, ["average", *names, "--out", str(out)])

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tiny import TEXT_WIDTH, random_transformer
 from twostep.errors import ModelError
 from twostep.families import zimage
-from twostep.families.zimage import PromptBatch, ZImageVelocity
+from twostep.families.zimage import PromptBatch
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import (
@@ -48,7 +48,7 @@ def inputs(lengths: list[int], height: int, width: int):
 def test_velocity_equals_diffusers(lengths: list[int], height: int, width: int) -> None:
     transformer = random_transformer()
     latents, sigma, embeds = inputs(lengths, height, width)
-    ours = ZImageVelocity(transformer)(latents, sigma, PromptBatch.collate(embeds)).velocity
+    ours = as_velocity(transformer)(latents, sigma, PromptBatch.collate(embeds)).velocity
     theirs = diffusers_velocity(transformer, latents, sigma, embeds)
     assert theirs.std() > 0.05
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -56,7 +56,7 @@ def test_velocity_equals_diffusers(lengths: list[int], height: int, width: int) 
 
 @torch.no_grad()
 def test_batches_one_after_another_are_the_batches_alone() -> None:
-    field = ZImageVelocity(random_transformer())
+    field = as_velocity(random_transformer())
     latents, sigma, embeds = inputs([7, 9, 40], 8, 8)
     short, long = PromptBatch.collate(embeds[:2]), PromptBatch.collate(embeds[2:])
     joined = PromptBatch.cat([short, long])
@@ -79,7 +79,7 @@ def test_hidden_states_are_the_image_tokens_of_the_layers_asked_for() -> None:
     for index, layer in enumerate(transformer.layers):
         layer.register_forward_hook(lambda _, __, out, index=index: seen.update({index: out}))
     latents, sigma, embeds = inputs([7, 9], 12, 20)
-    field = ZImageVelocity(transformer)
+    field = as_velocity(transformer)
     hidden = field(latents, sigma, PromptBatch.collate(embeds), taps=(0, 2)).hidden
     assert [h.shape for h in hidden] == [(2, 60, 64)] * 2
     assert torch.equal(hidden[0], seen[0][:, :60])
@@ -90,7 +90,7 @@ def test_gradients_are_the_same_with_activation_checkpointing() -> None:
     latents, sigma, embeds = inputs([7, 40], 8, 8)
     gradients, held = [], []
     for share in (None, 0.5, 1.0):
-        field = ZImageVelocity(random_transformer())
+        field = as_velocity(random_transformer())
         if share is not None:
             field.enable_gradient_checkpointing(share)
         with live_bytes() as live:
@@ -121,7 +121,7 @@ def test_replaced_prompts_are_the_others_rows() -> None:
 def test_lora_adapters_of_the_diffusers_model_act() -> None:
     transformer = random_transformer()
     latents, sigma, embeds = inputs([7, 9], 8, 8)
-    field, prompts = ZImageVelocity(transformer), PromptBatch.collate(embeds)
+    field, prompts = as_velocity(transformer), PromptBatch.collate(embeds)
     before = field(latents, sigma, prompts).velocity
     transformer.add_adapter(
         LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
@@ -137,7 +137,7 @@ def test_lora_adapters_of_the_diffusers_model_act() -> None:
 def test_attention_backend_of_the_diffusers_model_is_used() -> None:
     transformer = random_transformer()
     latents, sigma, embeds = inputs([7, 9], 8, 8)
-    field, prompts = ZImageVelocity(transformer), PromptBatch.collate(embeds)
+    field, prompts = as_velocity(transformer), PromptBatch.collate(embeds)
     expected = field(latents, sigma, prompts).velocity
     transformer.set_attention_backend("_native_math")
     try:
@@ -150,7 +150,7 @@ def test_attention_backend_of_the_diffusers_model_is_used() -> None:
 
 
 def test_forward_compiles_to_one_graph() -> None:
-    field = ZImageVelocity(random_transformer())
+    field = as_velocity(random_transformer())
     latents, sigma, embeds = inputs([7, 9], 8, 8)
     prompts = PromptBatch.collate(embeds)
     compiled = torch.compile(field, fullgraph=True, backend="aot_eager")

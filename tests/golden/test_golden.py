@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill.monitor import read_metrics
 from twostep.distill.trainer import Trainer
 from twostep.inference.sampler import Sampler
@@ -70,8 +70,7 @@ def check(name: str, found: Any, same: Callable[[Any, Any], bool]) -> None:
 
 def distilled(recipe: Recipe, processes: int, folder: Path) -> list[dict[str, Any]]:
     if processes == 1:
-        teach(recipe)
-        Trainer(recipe).train()
+        Trainer(recipe, open_cache(recipe)).train()
         return read_metrics(recipe.run_folder)
     path = folder / "recipe.yaml"
     path.write_text(recipe.to_yaml())

@@ -22,7 +22,7 @@ from twostep.inference.generate import (
     read_prompts,
 )
 from twostep.inference.pipeline import TwoStepPipeline, save_student
-from twostep.method.rollout import TwoStep, seeded_noise
+from twostep.method.rollout import seeded_noise
 from twostep.runtime.images import labelled_rows, tile, to_pil
 
 SIZE = (32, 32)
@@ -32,7 +32,7 @@ SIZE = (32, 32)
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generate") / "student"
     parts = (random_transformer(1), random_transformer(2))
-    save_student(tiny_folder, *parts, TwoStep(0.75), folder, torch.float32)
+    save_student(tiny_folder, *parts, Schedule(3.0, 0.75), folder, torch.float32)
     return folder
 
 
@@ -83,7 +83,7 @@ def test_other_weights_make_other_pictures(
         tiny_folder,
         random_transformer(1),
         random_transformer(3),
-        TwoStep(0.75),
+        Schedule(3.0, 0.75),
         other,
         torch.float32,
     )

@@ -24,7 +24,9 @@ from twostep.method.rollout import TwoStep, seeded_noise
 @pytest.fixture(scope="module")
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("students") / "student"
-    save_student(tiny_folder, random_transformer(1), random_transformer(2), TwoStep(0.75), folder)
+    save_student(
+        tiny_folder, random_transformer(1), random_transformer(2), Schedule(3.0, 0.75), folder
+    )
     return folder
 
 
@@ -54,7 +56,11 @@ def test_both_transformers_act(student: Path, tiny_folder: Path, tmp_path: Path)
     for first, second in ((1, 3), (3, 2)):
         other = tmp_path / f"{first}{second}"
         save_student(
-            tiny_folder, random_transformer(first), random_transformer(second), TwoStep(0.75), other
+            tiny_folder,
+            random_transformer(first),
+            random_transformer(second),
+            Schedule(3.0, 0.75),
+            other,
         )
         results.append(call(TwoStepPipeline.from_pretrained(other), latents=noise).images)
     assert (results[0] - results[1]).abs().max() > 0.1
@@ -66,7 +72,7 @@ def test_saved_again_it_is_the_same(pipe: TwoStepPipeline, tmp_path: Path) -> No
     again = TwoStepPipeline.from_pretrained(tmp_path / "again")
     noise = seeded_noise([5], (8, 8, 8))
     close(call(pipe, latents=noise).images, call(again, latents=noise).images)
-    assert read_two_step(tmp_path / "again") == TwoStep(0.75)
+    assert read_two_step(tmp_path / "again") == Schedule(3.0, 0.75)
 
 
 def test_plain_pipeline_refuses_a_student_instead_of_dropping_its_second_step(

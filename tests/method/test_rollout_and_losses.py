@@ -10,9 +10,9 @@ from torch import nn
 
 from twostep.method import losses
 from twostep.method.flow import sigma_schedule
-from twostep.method.rollout import TwoStep, euler, guided, seeded_noise, two_step
+from twostep.method.rollout import euler, guided, seeded_noise, two_step
 
-SCHEDULE = TwoStep(0.75)
+SCHEDULE = Schedule(3.0, 0.75)
 SHAPE = (5, 2, 4, 4)
 
 
@@ -53,7 +53,7 @@ def test_clean1_is_where_step_1_points() -> None:
 
 def test_renoise_puts_fresh_noise_on_clean1() -> None:
     fresh = torch.randn(SHAPE, dtype=torch.float64)
-    schedule = TwoStep(0.75, "renoise")
+    schedule = Schedule(3.0, 0.75, "renoise")
     rollout = two_step(Field(0), Field(1), noise(), schedule, transition_noise=fresh)
     torch.testing.assert_close(rollout.latents2, 0.25 * rollout.clean1 + 0.75 * fresh)
     with pytest.raises(ValueError, match="transition_noise"):
@@ -63,7 +63,7 @@ def test_renoise_puts_fresh_noise_on_clean1() -> None:
 @pytest.mark.parametrize("transition", ["euler", "renoise"])
 def test_cut_gradient_is_zero_and_end_to_end_gradient_is_right(transition: str) -> None:
     fresh = torch.ones(SHAPE, dtype=torch.float64)
-    schedule = TwoStep(0.75, transition)  # type: ignore[arg-type]
+    schedule = Schedule(3.0, 0.75, transition)  # type: ignore[arg-type]
 
     def final_loss(first: Field, end_to_end: bool) -> torch.Tensor:
         rollout = two_step(first, Field(1), noise(), schedule, end_to_end, fresh)

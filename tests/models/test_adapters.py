@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tiny import TEXT_WIDTH, random_transformer
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill.checkpoint import list_checkpoints
 from twostep.distill.objectives.roles import bind_role
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
-from twostep.families.zimage import PromptBatch, ZImageVelocity
+from twostep.families.zimage import PromptBatch
 from twostep.inference.sampler import Sampler
-from twostep.method.rollout import TwoStep, two_step
+from twostep.method.rollout import two_step
 from twostep.models.adapters import AdapterRole, SharedBackbone
 from twostep.models.int8 import Int8Linear
 from twostep.recipe.schema import (
@@ -34,7 +34,7 @@ TARGETS = Student().target_modules
 
 
 def backbone(seed: int = 0, int8: bool = False) -> SharedBackbone:
-    model = ZImageVelocity(random_transformer())
+    model = as_velocity(random_transformer())
     return SharedBackbone(model, NAMES, 4, TARGETS, seed, random_transformer, int8)
 
 
@@ -56,7 +56,7 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor, PromptBatch]:
 
 
 def test_every_role_begins_as_the_teacher() -> None:
-    expected = ZImageVelocity(random_transformer())(*inputs()).velocity
+    expected = as_velocity(random_transformer())(*inputs()).velocity
     shared = backbone()
     for name in ("", *NAMES):
         assert torch.equal(AdapterRole(shared, name)(*inputs()).velocity, expected)
@@ -71,7 +71,7 @@ def test_roles_differ_and_switching_leaves_no_trace() -> None:
             assert (a == b) == torch.equal(seen[a], seen[b])
     for name in reversed(list(roles)):
         assert torch.equal(roles[name](*inputs()).velocity, seen[name])
-    assert torch.equal(seen[""], ZImageVelocity(random_transformer())(*inputs()).velocity)
+    assert torch.equal(seen[""], as_velocity(random_transformer())(*inputs()).velocity)
     assert shared.active == ""
 
 
@@ -101,7 +101,7 @@ def gradients(
     noise, sigma, prompts = inputs()
     roles = {name: AdapterRole(shared, name) for name in NAMES}
     first, second = (bind_role(roles[n], prompts) for n in ("first", "second"))
-    rollout = two_step(first, second, noise, TwoStep(0.75))
+    rollout = two_step(first, second, noise, Schedule(3.0, 0.75))
     if in_between:
         with torch.no_grad():
             roles["fake1"](noise, sigma, prompts)
@@ -133,7 +133,7 @@ def test_merged_transformer_is_the_role_and_a_stock_one() -> None:
         merged = AdapterRole(shared, name).transformer()
         assert set(merged.state_dict()) == set(random_transformer().state_dict())
         expected = AdapterRole(shared, name)(*inputs()).velocity
-        found = ZImageVelocity(merged)(*inputs()).velocity
+        found = as_velocity(merged)(*inputs()).velocity
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
     after = shared.model.transformer.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -141,15 +141,14 @@ def test_merged_transformer_is_the_role_and_a_stock_one() -> None:
 
 def test_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(RecipeError, match="no linear layer matches 'nothing'"):
-        SharedBackbone(ZImageVelocity(random_transformer()), ["first"], 4, "nothing", 0)
+        SharedBackbone(as_velocity(random_transformer()), ["first"], 4, "nothing", 0)
 
 
 LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
 
 
 def trainer_of(recipe: Recipe) -> Trainer:
-    teach(recipe)
-    return Trainer(recipe)
+    return Trainer(recipe, open_cache(recipe))
 
 
 def test_training_moves_adapters_only_and_saves_a_student(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from torch import nn
+from twostep.models.lora_pair import LoraPair
 from typer.testing import CliRunner
 
 from tiny import random_transformer
@@ -17,7 +18,6 @@ from twostep.exports.registry import (
     assemble,
     export,
 )
-from twostep.families.zimage import ZImageVelocity
 from twostep.inference import generate as generate_module
 from twostep.inference.generate import (
     Holding,
@@ -25,14 +25,13 @@ from twostep.inference.generate import (
 )
 from twostep.inference.pipeline import save_student
 from twostep.inference.sampler import Sampler, read_schedule
-from twostep.method.rollout import TwoStep, seeded_noise
+from twostep.method.rollout import seeded_noise
 from twostep.models.folder import (
     Decoder,
     PromptEncoder,
     resolve,
 )
 from twostep.models.int8 import Int8Linear, is_packed, pack_int8, transformer_of
-from twostep.models.lora_pair import LoraPair
 
 PROMPTS = ["a dog", "two cats on a red background"]
 NOISE = seeded_noise([1, 2], (8, 8, 8))
@@ -53,7 +52,7 @@ def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert not torch.equal(
         parts[0].layers[0].attention.to_q.weight, teacher.layers[0].attention.to_q.weight
     )
-    save_student(tiny_folder, parts[0], parts[1], TwoStep(0.75), folder, torch.float32)
+    save_student(tiny_folder, parts[0], parts[1], Schedule(3.0, 0.75), folder, torch.float32)
     return folder
 
 
@@ -96,7 +95,7 @@ def test_eight_bits_are_the_nearest_of_each_row(dtype: torch.dtype) -> None:
 
 def test_int8_packs_the_blocks_and_nothing_else() -> None:
     transformer = random_transformer()
-    before = ZImageVelocity(random_transformer())
+    before = as_velocity(random_transformer())
     pack_int8(transformer)
     packed = {n for n, m in transformer.named_modules() if isinstance(m, Int8Linear)}
     linear = {n for n, m in before.transformer.named_modules() if isinstance(m, nn.Linear)}
@@ -121,7 +120,7 @@ def test_int8_is_close_to_the_whole_weights(name: str, request: pytest.FixtureRe
 def test_lora_files_are_a_student_on_one_set_of_weights(
     student: Path, pair: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    assert read_schedule(str(pair)) == TwoStep(0.75)
+    assert read_schedule(str(pair)) == Schedule(3.0, 0.75)
     sampler = Sampler.load(str(pair))
     assert sampler.second is not None
     assert transformer_of(sampler.field) is transformer_of(sampler.second)

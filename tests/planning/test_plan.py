@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 from tiny import random_transformer
 from twostep.cli import app
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.trainer import Trainer
 from twostep.errors import ModelError, RecipeError
-from twostep.families.zimage import PromptBatch, ZImageVelocity
+from twostep.families.zimage import PromptBatch
 from twostep.inference.pipeline import save_student
 from twostep.inference.sampler import Sampler
-from twostep.method.rollout import TwoStep, seeded_noise
+from twostep.method.rollout import seeded_noise
 from twostep.models.adapters import SharedBackbone
 from twostep.models.int8 import Memory
 from twostep.planning.generation import generation_needs
@@ -31,7 +31,7 @@ from twostep.recipe.schema import (
     Recipe,
     Student,
 )
-from twostep.runtime.memory_meter import gradients_dropped, held_bytes, live_bytes
+from twostep.runtime.memory_meter import gradients_dropped, live_bytes, weight_bytes
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -48,14 +48,13 @@ LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "bfloat16"}
     ],
     ids=["full", "shared-adafactor", "lora", "lora-int8"],
 )
-def test_held_bytes_are_those_of_a_real_run(
+def test_weight_bytes_are_those_of_a_real_run(
     make_recipe: Make, student: dict, fit_turns: int, optimizer: str
 ) -> None:
     recipe = make_recipe(
         student=student, score={"fit_turns": fit_turns}, training={"optimizer": optimizer}
     )
-    teach(recipe)
-    trainer = Trainer(recipe)
+    trainer = Trainer(recipe, open_cache(recipe))
     trainer.train()
     found = {role.name: role for role in plan(recipe).roles}
     roles = trainer.roles
@@ -90,8 +89,7 @@ def test_held_bytes_are_those_of_a_real_run(
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_activations_are_those_of_a_real_turn(make_recipe: Make, checkpointed: bool) -> None:
     recipe = make_recipe(training={"checkpoint_activations": checkpointed, "batch_size": 8})
-    teach(recipe)
-    trainer = Trainer(recipe)
+    trainer = Trainer(recipe, open_cache(recipe))
     batch = trainer.batches.read(0, 0)
     tokens = int(batch.prompts.lengths.max())
     found = measure(recipe, 1, tokens)
@@ -214,7 +212,7 @@ def test_mistakes_are_named(make_recipe: Make) -> None:
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plans") / "student"
     parts = random_transformer(1), random_transformer(2)
-    save_student(tiny_folder, *parts, TwoStep(0.75), folder, torch.float32)
+    save_student(tiny_folder, *parts, Schedule(3.0, 0.75), folder, torch.float32)
     return folder
 
 
@@ -229,9 +227,9 @@ def test_generation_needs_are_those_of_a_real_run(
         str(tiny_folder), "two_sets", memory, (32, 32), 2, 20, dtype=torch.float32
     )
     assert sampler.second is not None
-    assert found.transformers == held_bytes(sampler.field, sampler.second)
-    assert found.decoder == held_bytes(sampler.decoder.vae)
-    assert found.text_encoder == held_bytes(sampler.encoder.text_encoder)
+    assert found.transformers == weight_bytes(sampler.field, sampler.second)
+    assert found.decoder == weight_bytes(sampler.decoder.vae)
+    assert found.text_encoder == weight_bytes(sampler.encoder.text_encoder)
     with torch.no_grad(), live_bytes() as rolling:
         latents = sampler.roll(prompts, noise).latents
     assert found.steps == pytest.approx(rolling.peak, rel=0.1)
@@ -244,9 +242,9 @@ def test_a_students_loras_are_counted_on_one_set(tiny_folder: Path) -> None:
     size = (32, 32)
     one = generation_needs(str(tiny_folder), "lora", "plain", size, rank=4, dtype=torch.float32)
     backbone = SharedBackbone(
-        ZImageVelocity(random_transformer()), ["first", "second"], 4, Student().target_modules, 0
+        as_velocity(random_transformer()), ["first", "second"], 4, Student().target_modules, 0
     )
-    assert one.transformers == held_bytes(backbone.model)
+    assert one.transformers == weight_bytes(backbone.model)
 
 
 def test_a_student_of_z_images_size_fits_16_gigabytes() -> None:

@@ -7,9 +7,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from twostep.errors import RecipeError
-from twostep.models.folder import (
-    ZOO,
-)
+from twostep.models.locate import ZOO
 from twostep.recipe.rules import MAY_CHANGE, differences
 from twostep.recipe.schema import Recipe
 

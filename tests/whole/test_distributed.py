@@ -19,7 +19,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from runs import assert_same_run
 from tiny import TEXT_WIDTH
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill.checkpoint import list_checkpoints
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.roles import FullRole
@@ -83,8 +83,7 @@ def test_several_processes_equal_one(
     """`own` are settings of the several alone, `both` sections that both runs have."""
     common = {"student": student, "score": {"fit_turns": 2}, **both}
     alone = make_recipe("alone", **common)
-    teach(alone)
-    Trainer(alone).train()
+    Trainer(alone, open_cache(alone)).train()
     own = {**both.get("training", {}), **own}
     together = make_recipe("together", **(common | {"training": own}), distributed=distributed)
     distill(together, processes, tmp_path)
@@ -99,10 +98,9 @@ def test_several_processes_equal_one(
 
 def test_accumulated_gradients_equal_the_whole_batch(make_recipe: Make, tiny_folder: Path) -> None:
     whole = make_recipe("whole")
-    teach(whole)
-    Trainer(whole).train()
+    Trainer(whole, open_cache(whole)).train()
     parts = make_recipe("parts", training={"micro_batch": 2})
-    Trainer(parts).train()
+    Trainer(parts, open_cache(parts)).train()
     assert_same_run(whole, parts, tiny_folder)
 
 
@@ -114,8 +112,7 @@ def test_saved_by_two_resumed_by_one_and_by_four(
     steady = {"learning_rate_decay": 0.0}
     shard = {"sharding": "shard"}
     alone = make_recipe("alone", training=steady)
-    teach(alone)
-    Trainer(alone).train()
+    Trainer(alone, open_cache(alone)).train()
     begun = make_recipe("one", training={**steady, "turns": 4}, distributed=shard)
     distill(begun, 2, tmp_path)
     shutil.copytree(begun.run_folder, begun.output / "four")
@@ -123,7 +120,7 @@ def test_saved_by_two_resumed_by_one_and_by_four(
     assert len(shards) == 2
 
     one = make_recipe("one", training=steady)
-    trainer = Trainer(one)
+    trainer = Trainer(one, open_cache(one))
     assert trainer.progress.turn == 4
     trainer.train()
     assert_same_run(alone, one, tiny_folder)
@@ -142,8 +139,7 @@ def test_a_process_killed_while_saving_costs_only_the_turns_since_the_last_save(
     make_recipe: Make, tmp_path: Path, tiny_folder: Path
 ) -> None:
     alone = make_recipe("alone")
-    teach(alone)
-    Trainer(alone).train()
+    Trainer(alone, open_cache(alone)).train()
     recipe = make_recipe("killed", distributed={"sharding": "shard"})
     path = tmp_path / "killed.yaml"
     path.write_text(recipe.to_yaml())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runs import assert_same_run
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill import on_ray
 from twostep.distill.trainer import Trainer
 from twostep.recipe.schema import (
@@ -26,8 +26,7 @@ def test_two_workers_equal_one_process(
 ) -> None:
     pytest.importorskip("ray")
     alone = make_recipe("alone")
-    teach(alone)
-    Trainer(alone).train()
+    Trainer(alone, open_cache(alone)).train()
     recipe = make_recipe("workers", distributed={"sharding": "shard"})
     path = tmp_path / "workers.yaml"
     path.write_text(recipe.to_yaml())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.distill.trainer import Trainer
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.recipe.schema import (
@@ -38,7 +38,6 @@ def test_a_small_model_goes_through_it(path: Path, tiny_folder: Path, tmp_path: 
         "training.critic_warmup_turns=1", "training.validation_samples=4", "training.device=cpu",
     ])  # fmt: skip
     assert len(Z_IMAGE) == 3
-    teach(recipe)
-    student = Trainer(recipe).train()
+    student = Trainer(recipe, open_cache(recipe)).train()
     image = TwoStepPipeline.from_pretrained(student)("a thing", height=32, width=32).images[0]
     assert image.size == (32, 32)

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
 from twostep.recipe.schema import (
     Recipe,
 )
@@ -144,7 +144,7 @@ def test_a_run_counts_the_networks_evaluations(
     """Per image: 2 calls with gradient in a warm-up turn; 16 in a student's, 12 in a critic's."""
     one_run = load("one_run")
     recipe = make_recipe(training={"validate_every": 100, "sample_every": 100})
-    teach(recipe)
+    open_cache(recipe)
     one_run.run(recipe, 1)
     done = json.loads((recipe.run_folder / "done.json").read_text())
     settings, warm = recipe.training, recipe.losses.warmup_turns

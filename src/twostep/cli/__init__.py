@@ -49,13 +49,13 @@ def teach(
 
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
     """
-    from twostep.data.cache.teach import teach as run
+    from twostep.data.cache import build
     from twostep.recipe.schema import (
         Recipe,
     )
 
     _quiet()
-    run(Recipe.load(recipe, overrides or ()), repair=repair)
+    build.open_cache(Recipe.load(recipe, overrides or ()), repair=repair)
 
 
 @app.command()
@@ -85,11 +85,10 @@ def distill(
 
         folder = distill_on_ray(resolved, ray)
     else:
-        from twostep.data.cache.teach import teach as cache
+        from twostep.data.cache.build import open_cache
         from twostep.distill.trainer import Trainer
 
-        cache(resolved)
-        folder = Trainer(resolved).train()
+        folder = Trainer(resolved, open_cache(resolved)).train()
     _out.print(f"student: {folder}", highlight=False)
 
 
@@ -302,9 +301,7 @@ def export(
 
     Example: twostep export --model runs/x/student --to comfyui --out exported
     """
-    from twostep.exports.registry import (
-        export as run,
-    )
+    from twostep.exports import registry
     from twostep.inference.generate import (
         parse_size,
         read_prompts,
@@ -313,9 +310,11 @@ def export(
     _quiet()
     prompts = () if check is None else read_prompts((), check)
     pixels = parse_size(size)
-    for line in run(
-        model, to, out, teacher, rank, energy, prompts, pixels, batch_size, caption_tokens
-    ):
+    options = registry.ExportOptions(
+        teacher=teacher, rank=rank, energy=energy, check=prompts, size=pixels,
+        batch_size=batch_size, caption_tokens=caption_tokens,
+    )  # fmt: skip
+    for line in registry.export(model, to, out, options):
         _out.print(line, highlight=False)
     _out.print(f"written: {out}", highlight=False)
 
@@ -331,12 +330,10 @@ def assemble(
 
     Example: twostep assemble --teacher TEACHER --first a.safetensors --second b/ --out student
     """
-    from twostep.exports.registry import (
-        assemble as run,
-    )
+    from twostep.exports.combine import assemble as run
 
     _quiet()
-    run(teacher, first, second, out)
+    run(teacher, first, second, out=out)
     _out.print(f"written: {out}", highlight=False)
 
 
@@ -356,7 +353,7 @@ def average(
     from twostep.exports.combine import average as run
 
     _quiet()
-    run(students, out)
+    run(students, out=out)
     _out.print(f"written: {out}", highlight=False)
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from twostep.data.cache.teach import teach
-from twostep.distill.monitor import read_metrics
+from twostep.data.cache.build import open_cache
+from twostep.distill.run_folder import RunFolder
 from twostep.distill.trainer import Trainer
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
 from twostep.evaluation.prompts import PromptSet
-from twostep.models.folder import (
-    ZOO,
-)
+from twostep.models.locate import ZOO
 from twostep.recipe.schema import (
     Recipe,
 )
@@ -40,20 +37,18 @@ def run_demo(minutes: float, out: Path, images: int) -> Path:
     started = time.monotonic()
     overrides = [f"output={out.parent}", f"name={out.name}", f"data.cache={out}/cache"]
     recipe = Recipe.load(RECIPE, overrides)
-    if (out / "report.json").exists():  # a finished demo starts anew; an interrupted one goes on
-        for name in ("checkpoints", "samples", "student", "images", "best"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("report.json", "report.html", "metrics.jsonl"):
-            (out / name).unlink(missing_ok=True)
+    run = RunFolder(out)
+    if run.report.exists():  # a finished demo starts anew; an interrupted one goes on
+        run.clear()
     console.print("[bold]1/3[/] caching the teacher's samples")
-    cache = teach(recipe)
+    cache = open_cache(recipe)
     seconds_per_sample = (time.monotonic() - started) / len(cache)
     evaluation = images * _SAMPLES_PER_EVALUATED_IMAGE * min(seconds_per_sample, 0.2)
     left = 60 * minutes - (time.monotonic() - started) - evaluation - _EVALUATION_OVERHEAD_SECONDS
     training_minutes = max(left / 60, 0.25 * minutes)
     recipe = Recipe.load(RECIPE, [*overrides, f"training.minutes={training_minutes:.2f}"])
     console.print(f"[bold]2/3[/] distilling for {training_minutes:.1f} minutes")
-    trainer = Trainer(recipe)
+    trainer = Trainer(recipe, cache)
     student = trainer.train()
     console.print("[bold]3/3[/] evaluating on held-out prompts")
     models = contenders(
@@ -70,7 +65,6 @@ def run_demo(minutes: float, out: Path, images: int) -> Path:
         "best_turn": trainer.progress.best_turn,
         "recipe": recipe.model_dump(mode="json"),
     }
-    path = out / "report.json"
     title = "Two steps from eight: the embedded teacher"
-    comparison.write(path, facts, read_metrics(out), title)
-    return path
+    comparison.write(run.report, facts, run.metrics(), title)
+    return run.report

@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from twostep.errors import RecipeError
-from twostep.models.folder import (
-    Decoder,
-    PromptEncoder,
-)
+from twostep.models.codec import Decoder
+from twostep.models.folder import ModelFolder
+from twostep.models.prompt_encoder import PromptEncoder
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -28,7 +27,7 @@ class ExternalReals:
 
     Args:
         folder: images, read at any depth; each is resized and cropped to the wanted size.
-        teacher: the diffusers folder whose encoders are used.
+        teacher: whose encoders are used.
         size: (height, width) in pixels.
 
     Attributes:
@@ -39,12 +38,12 @@ class ExternalReals:
         RecipeError: if the folder holds no image, one cannot be read, or one has no caption.
     """
 
-    def __init__(self, folder: Path, teacher: Path, size: tuple[int, int]) -> None:
+    def __init__(self, folder: Path, teacher: ModelFolder, size: tuple[int, int]) -> None:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
         if not paths:
             raise RecipeError(f"data.reals: no images (png, jpg, webp) in {str(folder)!r}")
         captions = _captions(folder, paths)
-        decoder = Decoder.load(teacher)
+        decoder = Decoder.load(teacher.base)
         latents = []
         for start in range(0, len(paths), 64):
             images = [_read(path, size) for path in paths[start : start + 64]]
@@ -52,7 +51,7 @@ class ExternalReals:
         self.latents = torch.cat(latents)
         self.embeds: list[Tensor] | None = None
         if captions is not None:
-            self.embeds = PromptEncoder.load(teacher).encode(captions)
+            self.embeds = PromptEncoder.load(teacher.base).encode(captions)
 
     def draw(self, number: int, count: int) -> tuple[Tensor, list[Tensor] | None]:
         """Latents (count, C, H, W) and their captions' embeddings, a function of `number`."""

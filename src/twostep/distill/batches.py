@@ -6,35 +6,68 @@ from pathlib import Path
 
 import torch
 
-from twostep.data.cache.build import TeacherCache
-from twostep.data.cache.spec import Plan
+from twostep.data.cache.read import TeacherCache
 from twostep.data.real_images import ExternalReals
-from twostep.distill.objectives.turns import Batch
+from twostep.distill.objectives.batch import Batch
 from twostep.distill.order import Order
-from twostep.families.zimage import PromptBatch
+from twostep.errors import RecipeError
+from twostep.families.family import PromptBatch
 from twostep.recipe.schema import (
     Recipe,
 )
+from twostep.runtime.distributed import World
+
+
+def divide_batch(batch_size: int, *, processes: int, micro_batch: int | None) -> tuple[int, int]:
+    """The samples of each process, and of each of its micro-batches.
+
+    Raises:
+        RecipeError: if the batch cannot be divided so.
+    """
+    own, rest = divmod(batch_size, processes)
+    if rest or not own:
+        raise RecipeError(
+            f"training.batch_size: {batch_size} cannot be divided among {processes} processes"
+        )
+    size = min(micro_batch or own, own)
+    if own % size:
+        raise RecipeError(
+            f"training.micro_batch: {micro_batch} does not divide the {own} samples of each "
+            f"process (training.batch_size {batch_size}, {processes} processes)"
+        )
+    return own, size
+
+
+def rows_of(recipe: Recipe, world: World) -> list[slice]:
+    """This process's rows of a batch, as equal micro-batches.
+
+    Raises:
+        RecipeError: if the batch cannot be divided so.
+    """
+    settings = recipe.training
+    own, size = divide_batch(
+        settings.batch_size, processes=world.size, micro_batch=settings.micro_batch
+    )
+    first = world.rank * own
+    return [slice(i, i + size) for i in range(first, first + own, size)]
 
 
 def order_of(cache: TeacherCache, window: int = 1) -> Order:
     """The order in which a run reads `cache`."""
-    sizes = [cache.plan.samples_of(place) for place in range(len(cache.plan.sizes))]
+    sizes = [cache.spec.samples_of(place) for place in range(len(cache.spec.sizes))]
     return Order(sizes, cache.caption_lengths(), window)
 
 
 class Batches:
     """The batches of a run, on `device`; a batch is a function of its number and a seed."""
 
-    def __init__(
-        self, recipe: Recipe, plan: Plan, cache: TeacherCache, device: torch.device
-    ) -> None:
+    def __init__(self, recipe: Recipe, cache: TeacherCache, device: torch.device) -> None:
         self.size, self.cache, self.device = recipe.training.batch_size, cache, device
         self.order = order_of(cache, recipe.data.caption_window)
         self.reals: dict[tuple[int, ...], ExternalReals] = {}
         if recipe.data.reals != "teacher":
             for size in recipe.data.sizes:
-                external = ExternalReals(Path(recipe.data.reals), plan.teacher, size)
+                external = ExternalReals(Path(recipe.data.reals), cache.spec.teacher, size)
                 self.reals[external.latents.shape[1:]] = external
         self.empty = PromptBatch.collate([cache.empty_embeds], device)
 

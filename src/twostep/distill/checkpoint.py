@@ -34,7 +34,12 @@ class CheckpointError(UserError, RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run stands. Randomness and data order follow from the turns (see `draws.py`)."""
+    """Where a run stands. Randomness and data order follow from the turns (see `draws.py`).
+
+    Attributes:
+        evaluations: forwards of one sample through any network, validation not counted.
+        best_distance: the least kernel distance of a validation, after `best_turn` turns.
+    """
 
     score_turn: int = 0
     turn: int = 0
@@ -42,7 +47,8 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    best_score: float | None = None
+    evaluations: int = 0
+    best_distance: float | None = None
     best_turn: int | None = None
 
 
@@ -77,7 +83,7 @@ class TrainingState:
     progress: Progress
     _writing: _Writing | None = None
 
-    def save(self, folder: Path, keep: int, world: World, background: bool = False) -> Path:
+    def save(self, folder: Path, keep: int, world: World, *, background: bool = False) -> Path:
         """Writes `folder/turn-NNNNNNN`, then removes all but the last `keep` checkpoints.
 
         While the score is fitted, before the first turn, its name is `fit-NNNNNNN`.

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from twostep.data.cache.spec import Plan
-from twostep.data.cache.teach import teach
+from twostep.data.cache.build import open_cache
+from twostep.data.cache.spec import CacheSpec
+from twostep.distill.run_folder import RunFolder
 from twostep.distill.trainer import Trainer
 from twostep.errors import UserError
 from twostep.recipe.schema import (
@@ -32,7 +33,7 @@ def distill_on_ray(recipe: Recipe, workers: int) -> Path:
         RecipeError, ModelError, PromptError: for what the recipe names wrongly.
         RayError: without `pip install "twostep[ray]"`, or when the run failed.
     """
-    Plan.of(recipe)  # what the recipe names wrongly is told here, not by a worker
+    CacheSpec.of(recipe)  # what the recipe names wrongly is told here, not by a worker
     # Ray would build an environment of its own for each worker when it is itself run by uv.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
@@ -60,11 +61,10 @@ def distill_on_ray(recipe: Recipe, workers: int) -> Path:
         trainer.fit()
     except Exception as error:
         raise RayError(f"the run on Ray failed: {error}") from error
-    return recipe.run_folder / "student"
+    return RunFolder(recipe.run_folder).student
 
 
 def _work(settings: dict[str, Any]) -> None:
     os.chdir(settings["folder"])
     recipe = Recipe.parse(yaml.safe_load(settings["recipe"]))
-    teach(recipe)
-    Trainer(recipe).train()
+    Trainer(recipe, open_cache(recipe)).train()

@@ -29,7 +29,7 @@ def build_optimizers(recipe: Recipe, roles: Roles) -> dict[str, torch.optim.Opti
     optimizers = {
         "student": build(roles.student_parameters(), recipe.training.learning_rate),
         "fake": build(roles.fake_parameters(), recipe.fake.learning_rate),
-        "critic": build(list(roles.critic.parameters()), recipe.critic.learning_rate),
+        "critic": build(list(roles.critic.heads.parameters()), recipe.critic.learning_rate),
     }
     if recipe.score.fit_turns:
         optimizers["score"] = build(roles.score.parameters(), recipe.score.learning_rate)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -16,15 +15,11 @@ from torch.distributed.fsdp import (
 )
 
 from twostep.errors import RecipeError
-from twostep.families.zimage import ZImageVelocity
-from twostep.models.folder import (
-    transformer_with,
-    unloaded_transformer,
-)
+from twostep.models.folder import ModelFolder
 from twostep.recipe.schema import (
     Recipe,
 )
-from twostep.runtime.distributed import World, whole
+from twostep.runtime.distributed import World
 
 
 class Sharder:
@@ -50,15 +45,10 @@ class Sharder:
         self.offload = offload if settings.cpu_offload else OffloadPolicy()
         self.device = torch.device("cpu") if settings.cpu_offload else world.device
 
-    def load(
-        self, folder: Path, part: str = "transformer", dtype: torch.dtype = torch.float32
-    ) -> ZImageVelocity:
-        """The folder's transformer; each process reads its own part of the files."""
-        with torch.device("meta"):
-            transformer = unloaded_transformer(folder, part, dtype)
-        model = ZImageVelocity(transformer).eval()
-        blocks = [*transformer.layers, *transformer.noise_refiner, *transformer.context_refiner]
-        for module in (*blocks, model):
+    def load(self, folder: ModelFolder, part: str, dtype: torch.dtype) -> Any:
+        """The folder's network; each process reads its own part of the files."""
+        model = folder.family.without_weights(folder.base, part, dtype)
+        for module in (*folder.family.blocks(model), model):
             fully_shard(
                 module,
                 mesh=self.mesh,
@@ -68,10 +58,10 @@ class Sharder:
                 # would miss the next update.
                 reshard_after_forward=True,
             )
-        transformer.to_empty(device=self.device)
-        state = transformer.state_dict()
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / part)))
-        transformer.load_state_dict(state)
+        model.to_empty(device=self.device)
+        state = model.state_dict()
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder.base / part)))
+        model.load_state_dict(state)
         return model
 
 
@@ -86,10 +76,3 @@ def _mesh(world: World, shard_size: int | None) -> DeviceMesh:
         return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     names = ("replicate", "shard")
     return init_device_mesh(kind, (world.size // size, size), mesh_dim_names=names)
-
-
-def whole_transformer(transformer: nn.Module) -> nn.Module:
-    """A transformer, sharded or not, as an ordinary one on CPU. For all processes."""
-    weights = {key: whole(value).cpu() for key, value in transformer.state_dict().items()}
-    result: nn.Module = transformer_with(transformer, weights)
-    return result

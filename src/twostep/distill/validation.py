@@ -9,17 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twostep.data.cache.build import TeacherCache
+from twostep.data.cache.read import TeacherCache
 from twostep.distill.batches import order_of
-from twostep.distill.objectives.roles import Roles, bind_role
+from twostep.distill.objectives.roles import Roles
 from twostep.evaluation.metrics import kernel_distance, pairwise_diversity
-from twostep.families.zimage import PromptBatch, ZImageVelocity
-from twostep.inference.sampler import transition_noise
-from twostep.method.flow import add_noise, sigma_schedule
-from twostep.method.rollout import Rollout, TwoStep, euler, guided, seeded_noise, two_step
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.families.family import PromptBatch
+from twostep.method.flow import add_noise
+from twostep.method.rollout import Rollout, euler, seeded_noise, two_step
+from twostep.models.velocity import bind, guided_field
+from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World
 
 # Nearly clean: the features must see the picture, yet stay where the teacher was trained.
@@ -48,14 +46,13 @@ class Validator:
         recipe: Recipe,
         roles: Roles,
         cache: TeacherCache,
-        schedule: TwoStep,
-        shift: float,
+        *,
         device: torch.device,
         world: World,
     ) -> None:
-        self.recipe, self.roles, self.schedule, self.device = recipe, roles, schedule, device
-        self.world = world
-        available = 2 * len(cache.plan.samples_of(0))
+        self.recipe, self.roles, self.device, self.world = recipe, roles, device, world
+        self.schedule = cache.spec.schedule
+        available = 2 * len(cache.spec.samples_of(0))
         count = min(recipe.training.validation_samples, available) // 2 * 2
         order, seed = order_of(cache), recipe.training.seed + 1
         samples = cache.read(order.of_size(0, 0, count // 2, seed))
@@ -68,9 +65,8 @@ class Validator:
         self.noise = seeded_noise(seeds[:count], shape)
         self.feature_noise = seeded_noise(seeds[count:], shape)
         self.empty = cache.empty_embeds
-        sigmas = sigma_schedule(recipe.teacher.steps, shift)
-        self.teacher_latents = self._teacher(sigmas)
-        self.naive_latents = self._teacher(sigma_schedule(2, shift))
+        self.teacher_latents = self._teacher(recipe.teacher.steps)
+        self.naive_latents = self._teacher(2)
         # Distances are to teacher images of other prompts and noise, where the cache has them:
         # a student is to match a distribution, and the estimator takes pairs that share either
         # for more than equality.
@@ -80,15 +76,14 @@ class Validator:
         self.teacher_diversity = pairwise_diversity(teacher_features, self.groups)
 
     @torch.no_grad()
-    def _teacher(self, sigmas: list[float]) -> Tensor:
+    def _teacher(self, steps: int) -> Tensor:
+        sigmas = self.schedule.sigmas(steps)
+        empty = PromptBatch.collate([self.empty], self.device)
         parts = []
         for rows in self._parts(len(self.noise)):
             prompts = self._prompts(self.embeds, rows)
             scale = self.recipe.teacher.guidance_scale
-            empty = PromptBatch.collate([self.empty], self.device).expand(len(rows))
-            field = guided(
-                bind_role(self.roles.teacher, prompts), bind_role(self.roles.teacher, empty), scale
-            )
+            field = guided_field(self.roles.teacher, prompts, empty, scale)
             parts.append(euler(field, self.noise[rows].to(self.device), sigmas))
         return self.world.gather(torch.cat(parts), len(self.noise))
 
@@ -106,9 +101,8 @@ class Validator:
         for rows in self._parts(len(self.noise)):
             prompts = self._prompts(self.embeds, rows)
             noise = self.noise[rows].to(self.device)
-            fresh = transition_noise(noise) if self.schedule.transition == "renoise" else None
-            first, second = (bind_role(r, prompts) for r in (self.roles.first, self.roles.second))
-            parts.append(two_step(first, second, noise, self.schedule, transition_noise=fresh))
+            first, second = (bind(r, prompts) for r in (self.roles.first, self.roles.second))
+            parts.append(two_step(first, second, noise, self.schedule))
         return Rollout(
             *(
                 self.world.gather(torch.cat([getattr(p, n) for p in parts]), len(self.noise))
@@ -119,12 +113,11 @@ class Validator:
     @torch.no_grad()
     def _features(self, latents: Tensor, embeds: list[Tensor]) -> Tensor:
         """Mean and spread over tokens of the teacher's middle hidden states, fp64 (N, 2 * dim)."""
-        model: ZImageVelocity = self.roles.teacher.model
         parts = []
         for rows in self._parts(len(latents)):
             noisy = add_noise(latents[rows], self.feature_noise[rows], _FEATURE_SIGMA)
             sigma = torch.full((len(rows),), _FEATURE_SIGMA, device=self.device)
-            taps = (model.depth // 2,)
+            taps = (self.roles.teacher.model.depth // 2,)
             out = self.roles.teacher(
                 noisy.to(self.device), sigma, self._prompts(embeds, rows), taps
             )

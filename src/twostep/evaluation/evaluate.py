@@ -22,7 +22,8 @@ from twostep.evaluation.latency import measure_latency
 from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.report.page import Pair, verdict, write_report
 from twostep.evaluation.scorers import load_scorer
-from twostep.inference.sampler import Sampler, read_schedule
+from twostep.inference.sampler import Sampler
+from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_atomically
 from twostep.runtime.processes import rank_and_world, wait_for
 from twostep.runtime.provenance import git_commit, machine
@@ -66,7 +67,7 @@ def contenders(
     if teacher_steps != 2:
         result.append(Contender("naive_2", teacher, 2))
     for name, model in students.items():
-        two_step = read_schedule(model) is not None
+        two_step = ModelFolder.open(model).student is not None
         steps = None if two_step else student_steps or 8
         result.append(Contender(f"{name}_{steps or 2}", model, steps))
     return result

@@ -17,9 +17,7 @@ from torch.nn.functional import interpolate
 
 from twostep.emoji.inspector import FEATURES, Inspector
 from twostep.errors import UserError
-from twostep.models.folder import (
-    ZOO,
-)
+from twostep.models.locate import ZOO
 from twostep.runtime.images import to_bytes
 
 # Through torch-fidelity, which fetches the weights. The first is what "FID" is measured with.

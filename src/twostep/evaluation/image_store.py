@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.evaluation.prompts import PromptSet
-from twostep.inference.sampler import Sampler, fingerprint
+from twostep.inference.sampler import Sampler
+from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import to_bytes
 
@@ -64,7 +65,7 @@ class ImageStore:
         self, folder: Path, contender: Contender, prompts: PromptSet, size: tuple[int, int]
     ) -> None:
         self.folder, self.contender, self.prompts, self.size = folder, contender, prompts, size
-        weights = fingerprint(contender.model)
+        weights = ModelFolder.open(contender.model).fingerprint
         settings = [contender.steps, contender.guidance_scale, contender.reference, *size]
         text = json.dumps([weights, settings, prompts.fingerprint, _PART])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -87,7 +88,7 @@ class ImageStore:
             self.prompts.captions[rows],
             noise,
             self.contender.steps,
-            self.contender.guidance_scale,
+            guidance_scale=self.contender.guidance_scale,
         )
         tensors = {"images": to_bytes(sampler.decoder.decode(sample.latents))}
         if sample.preview is not None:

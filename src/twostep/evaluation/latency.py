@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twostep.families.zimage import PromptBatch
+from twostep.families.family import PromptBatch
 from twostep.inference.sampler import Sampler
-from twostep.method.rollout import VelocityField
-from twostep.runtime.memory_meter import held_bytes, live_bytes
+from twostep.runtime.memory_meter import live_bytes, weight_bytes
 
 _WARM_UP = 1
 
@@ -72,7 +71,7 @@ def measure_latency(
     else:
         with live_bytes() as live:
             _one_run(sampler, prompts, noise, steps)
-        memory = live.peak + held_bytes(*sampler.modules())
+        memory = live.peak + weight_bytes(*sampler.modules())
     return Latency(sum(parts), text, per_step, decode, memory)
 
 
@@ -85,18 +84,10 @@ def _one_run(sampler: Sampler, prompts: list[str], noise: Tensor, steps: int | N
             torch.cuda.synchronize(sampler.device)
         marks.append(time.perf_counter())
 
-    def marked(field: VelocityField) -> VelocityField:
-        def run(latents: Tensor, sigma: Tensor) -> Tensor:
-            velocity = field(latents, sigma)
-            mark()
-            return velocity
-
-        return run
-
     mark()
     batch = PromptBatch.collate(sampler.encoder.encode(prompts), sampler.device)
     noise = noise.to(sampler.device)
     mark()
-    sampler.decoder.decode(sampler.roll(batch, noise, steps, around=marked).latents)
+    sampler.decoder.decode(sampler.roll(batch, noise, steps, on_step=mark).latents)
     mark()
     return marks

@@ -18,9 +18,7 @@ from twostep.emoji.scenes import CATEGORIES
 from twostep.errors import UserError
 from twostep.evaluation.external_scorer import ExternalScore
 from twostep.evaluation.prompts import PromptSet
-from twostep.models.folder import (
-    ZOO,
-)
+from twostep.models.locate import ZOO
 from twostep.runtime.images import to_bytes
 
 # (images (N, 3, H, W) in -1..1, their prompts) -> scores (N,) by name

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from twostep.evaluation.report.page import verdict
-from twostep.method.rollout import TwoStep
+from twostep.method.schedule import Schedule
 
 _HEAD = """---
 library_name: diffusers
@@ -74,7 +76,7 @@ code in this folder, if any, is Apache-2.0.
 """
 
 
-def student_card(name: str, schedule: TwoStep, facts: Mapping[str, Any]) -> str:
+def student_card(name: str, schedule: Schedule, facts: Mapping[str, Any]) -> str:
     """For a diffusers folder."""
     text = _STUDENT.format(name=name, sigma=schedule.step2_sigma, transition=schedule.transition)
     return _HEAD.format(name=name) + text + _origin(facts) + _LICENCE
@@ -83,8 +85,8 @@ def student_card(name: str, schedule: TwoStep, facts: Mapping[str, Any]) -> str:
 def lora_card(
     name: str,
     teacher: str,
-    schedule: TwoStep,
-    shift: float,
+    schedule: Schedule,
+    *,
     rank: int,
     facts: Mapping[str, Any],
     lines: Sequence[str],
@@ -92,7 +94,6 @@ def lora_card(
     """For a pair of LoRA files.
 
     Args:
-        shift: the teacher's time shift; diffusers takes noise levels before it.
         lines: what the truncation lost.
     """
     sigma = schedule.step2_sigma
@@ -100,7 +101,7 @@ def lora_card(
         name=name,
         teacher=teacher,
         sigma=sigma,
-        before_shift=sigma / (shift - (shift - 1) * sigma),
+        before_shift=schedule.before_shift([sigma])[0],
         rank=rank,
         lines="\n".join(f"- {line}" for line in lines),
     )
@@ -119,3 +120,16 @@ def _origin(facts: Mapping[str, Any]) -> str:
     if "recipe" in facts:
         text += f"\n## Recipe\n\n```yaml\n{facts['recipe']}```\n"
     return text
+
+
+def origin_of(student: Path) -> dict[str, Any]:
+    """What a run folder around the student tells about it: recipe and figures, if there."""
+    facts: dict[str, Any] = {}
+    recipe = student.parent / "recipe.yaml"
+    if recipe.is_file():
+        facts["recipe"] = recipe.read_text(encoding="utf-8")
+    for path in (student.parent / "check" / "metrics.json", student.parent / "report.json"):
+        if path.is_file():
+            facts["figures"] = json.loads(path.read_text(encoding="utf-8"))
+            break
+    return facts

@@ -1,4 +1,4 @@
-"""`twostep average`: several runs' students as one, by the mean of their weights."""
+"""Students made of others: `twostep assemble` of parts, `twostep average` of whole runs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,44 @@ from typing import Any
 import torch
 
 from twostep.errors import ExportError
-from twostep.exports.registry import (
-    check_free,
-    load_part,
-    student_schedule,
-)
-from twostep.inference.pipeline import save_student
-from twostep.models.folder import (
-    read_architecture,
-    read_shift,
-    resolve,
-    transformer_with,
-)
+from twostep.models.folder import ModelFolder
+from twostep.models.student import PARTS, check_free, save_student
+from twostep.models.transformer import stored_transformer, transformer_with
 
 
-def average(students: Sequence[str], out: Path) -> None:
+def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
+    """Makes a student of two transformers that came from elsewhere.
+
+    Args:
+        teacher: gives everything but the transformers, and the schedule: two steps of its own.
+        first, second: diffusers folders of a transformer or of a whole pipeline, or LoRA files
+            (.safetensors) on the teacher.
+
+    Raises:
+        ModelError: for a part that is not there or does not fit.
+    """
+    folder = ModelFolder.open(teacher)
+    check_free(out)
+    parts = [_part(folder, name) for name in (first, second)]
+    if parts[0].config.dim != parts[1].config.dim:
+        raise ExportError(f"{first} and {second} have different widths")
+    save_student(folder.base, *parts, schedule=folder.schedule(), folder=out, dtype=parts[0].dtype)
+
+
+def _part(teacher: ModelFolder, name: str) -> Any:
+    path = Path(name)
+    if path.suffix == ".safetensors" and path.is_file():
+        model = teacher.stored_transformer("transformer")
+        model.load_lora_adapter(str(path), prefix="transformer", adapter_name="step")
+        model.fuse_lora()
+        model.unload_lora()
+        return model
+    if (path / "config.json").is_file():
+        return stored_transformer(path, None, teacher.family.transformer)
+    return ModelFolder.open(name).stored_transformer("transformer")
+
+
+def average(students: Sequence[str], *, out: Path) -> None:
     """Writes the mean of `students` to the folder `out` (model soups, arXiv 2203.05482).
 
     For students of one teacher that began at the same weights: runs that differ in seed or settings
@@ -35,32 +58,31 @@ def average(students: Sequence[str], out: Path) -> None:
     """
     if len(students) < 2:
         raise ExportError(f"students: a mean needs two at least, got {len(students)}")
-    folders = [resolve(student) for student in students]
+    folders = [ModelFolder.open(student) for student in students]
+    for folder in folders:
+        folder.check_full_student("students")
     kinds = [_kind(folder) for folder in folders]
     for folder, kind in zip(folders, kinds, strict=True):
         for name, value in kind.items():
             if value != kinds[0][name]:
-                raise ExportError(f"{folder} and {folders[0]} differ in their {name}")
+                raise ExportError(f"{folder.name} and {folders[0].name} differ in their {name}")
     check_free(out)
-    first, second = (_mean(folders, part) for part in ("transformer", "transformer_2"))
-    save_student(folders[0], first, second, kinds[0]["schedule"], out, first.dtype)
+    first, second = (_mean(folders, part) for part in PARTS)
+    schedule = folders[0].schedule()
+    save_student(folders[0].base, first, second, schedule=schedule, folder=out, dtype=first.dtype)
 
 
-def _kind(folder: Path) -> dict[str, Any]:
+def _kind(folder: ModelFolder) -> dict[str, Any]:
     """What students must have in common."""
-    return {
-        "architecture": read_architecture(folder),
-        "schedule": student_schedule(folder),
-        "time shift": read_shift(folder),
-    }
+    return {"architecture": folder.architecture, "schedule": folder.schedule()}
 
 
-def _mean(folders: Sequence[Path], part: str) -> Any:
+def _mean(folders: Sequence[ModelFolder], part: str) -> Any:
     """One step's transformer, in the first one's dtype; the sum is fp32, one folder at a time."""
-    like = load_part(folders[0], part)
+    like = folders[0].stored_transformer(part)
     total = {key: value.float() for key, value in like.state_dict().items()}
     for folder in folders[1:]:
-        for key, value in load_part(folder, part).state_dict().items():
+        for key, value in folder.stored_transformer(part).state_dict().items():
             total[key] += value
     mean = {k: torch.div(v, len(folders)).to(like.dtype) for k, v in total.items()}
     return transformer_with(like, mean)

@@ -17,11 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.errors import ModelError
-from twostep.inference.sampler import read_two_step
-from twostep.method.flow import sigma_schedule
-from twostep.models.folder import (
-    read_shift,
-)
+from twostep.models.folder import ModelFolder
+from twostep.models.student import PARTS, STEPS
 from twostep.runtime.files import write_atomically
 
 _RENAMED = (
@@ -107,17 +104,8 @@ def _save(weights: dict[str, Tensor], path: Path) -> None:
     save_file(weights, path, {"format": "pt"})
 
 
-def export_comfyui(
-    student: Path,
-    weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
-    layers: int,
-    out: Path,
-) -> list[str]:
+def export_comfyui(student: ModelFolder, out: Path) -> list[str]:
     """Writes `first.safetensors`, `second.safetensors` and `workflow.json` to `out`.
-
-    Args:
-        weights: the diffusers state dicts of both steps.
-        layers: main layers of the transformer.
 
     Returns:
         Warnings.
@@ -125,18 +113,18 @@ def export_comfyui(
     Raises:
         ModelError: for a schedule that ComfyUI's stock nodes do not run.
     """
-    schedule, shift = read_two_step(student), read_shift(student)
-    if schedule is None:
-        raise ModelError(f"{student} is no two-step student")
-    simple = sigma_schedule(2, shift)[1]
+    schedule = student.schedule()
+    simple = schedule.sigmas(2)[1]
     if schedule.transition != "euler" or abs(schedule.step2_sigma - simple) > 1e-4:
         raise ModelError(
             f"ComfyUI's stock samplers run Euler steps at sigma 1 and {simple:.4g}; this student "
             f"has transition {schedule.transition} and step2_sigma {schedule.step2_sigma:.4g}"
         )
+    layers = student.family.depth(student.architecture)
     out.mkdir(parents=True, exist_ok=True)
     warnings = []
-    for name, state in zip(("first", "second"), weights, strict=True):
+    for name, part in zip(STEPS, PARTS, strict=True):
+        state = student.stored_transformer(part).state_dict()
         converted = to_comfyui(state)
         path = out / f"{name}.safetensors"
         write_atomically(path, partial(_save, converted))
@@ -145,6 +133,6 @@ def export_comfyui(
                 f"{path.name}: ComfyUI will not use fp16 for these weights; cards without bf16 "
                 "run them in fp32"
             )
-    text = json.dumps(workflow("first.safetensors", "second.safetensors", shift), indent=1)
+    text = json.dumps(workflow("first.safetensors", "second.safetensors", schedule.shift), indent=1)
     write_atomically(out / "workflow.json", lambda p: p.write_text(text + "\n", encoding="utf-8"))
     return warnings

@@ -1,8 +1,8 @@
-"""Exports a full-parameter student as two LoRA files on its teacher, by truncated SVD."""
+"""A full-parameter student as two LoRA files on its teacher, by truncated SVD."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,79 @@ import torch
 from diffusers import ZImagePipeline
 from peft import LoraConfig
 from torch import Tensor, nn
+
+from twostep.errors import ExportError
+from twostep.evaluation.metrics import peak_signal_to_noise
+from twostep.exports.card import lora_card, origin_of
+from twostep.inference.sampler import Sampler
+from twostep.method.rollout import seeded_noise
+from twostep.models.folder import ModelFolder
+from twostep.models.student import PARTS, STEPS, write_lora_index
+from twostep.runtime.files import write_atomically
+
+
+def export_lora(
+    student: ModelFolder,
+    teacher: ModelFolder,
+    out: Path,
+    *,
+    rank: int,
+    energy: float | None = None,
+    check: Sequence[str] = (),
+    size: tuple[int, int] = (64, 64),
+) -> list[str]:
+    """Writes two LoRA files, their index and a card; what they keep and lose, a line each.
+
+    Args: as `ExportOptions`.
+
+    Raises:
+        ExportError: for a student that is no LoRA on this teacher, or whose steps need code.
+    """
+    schedule = student.schedule()
+    if schedule.transition != "euler":
+        raise ExportError("to: LoRA files have no code of their own; only euler transitions work")
+    models = [student.stored_transformer(part) for part in PARTS]
+    base = teacher.stored_transformer("transformer")
+    lines = []
+    try:
+        if energy is not None:
+            rank = max(rank_for(base, model, energy) for model in models)
+        for name, model in zip(STEPS, models, strict=True):
+            found = low_rank_difference(base, model, rank)
+            path = save_lora(found, rank, out, f"{name}.safetensors")
+            lines.append(
+                f"{path.name}: rank {rank} keeps {100 * found.energy:.1f}% of the linear layers' "
+                f"change; {100 * found.rest:.2f}% as much lies in other parameters and is lost"
+            )
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    named = str(teacher.path.resolve()) if Path(teacher.name).is_dir() else teacher.name
+    write_lora_index(out, teacher=named, schedule=schedule)
+    if check:
+        lines.append(_difference_in_pictures(student, ModelFolder.open(out), check, size))
+    # The card's script runs without this package, which alone knows the zoo.
+    loaded = str(teacher.path) if teacher.name.startswith("zoo:") else teacher.name
+    card = lora_card(
+        out.name, loaded, schedule, rank=rank, facts=origin_of(student.path), lines=lines
+    )
+    write_atomically(out / "README.md", lambda p: p.write_text(card, encoding="utf-8"))
+    return lines
+
+
+def _difference_in_pictures(
+    student: ModelFolder, other: ModelFolder, prompts: Sequence[str], size: tuple[int, int]
+) -> str:
+    """How far `other`'s pictures are from the student's, prompt by prompt at equal noise."""
+    images = []
+    for model in (student, other):
+        sampler = Sampler.load(model)
+        noise = seeded_noise(list(range(len(prompts))), sampler.noise_shape(*size))
+        images.append(sampler.generate(prompts, noise))
+    ratio = peak_signal_to_noise(images[0], images[1])
+    return (
+        f"{len(prompts)} pictures at {size[1]}x{size[0]} against the full student's, equal noise: "
+        f"peak signal-to-noise ratio {ratio.mean():.1f} dB, lowest {ratio.min():.1f} dB"
+    )
 
 
 @dataclass(frozen=True)

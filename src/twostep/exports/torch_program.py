@@ -14,28 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from twostep.errors import ModelError
-from twostep.families.zimage import SEQUENCE_MULTIPLE, PromptBatch
-from twostep.inference.sampler import Field, Sampler
-from twostep.method.rollout import TwoStep
-from twostep.models.lora_pair import STEPS
+from twostep.families.family import SEQUENCE_MULTIPLE, PromptBatch
+from twostep.inference.sampler import Sampler
+from twostep.method.schedule import Schedule
+from twostep.models.folder import ModelFolder
+from twostep.models.student import STEPS
+from twostep.models.velocity import Velocity, bind
 from twostep.runtime.files import write_atomically
 
 
 class Step(nn.Module):
-    """A velocity field whose prompts are plain tensors, all in one bucket."""
+    """A velocity whose prompts are plain tensors, all in one bucket."""
 
-    def __init__(self, field: Field) -> None:
+    def __init__(self, velocity: Velocity) -> None:
         super().__init__()
-        self.field = field
+        self.network = velocity
 
     def forward(self, latents: Tensor, sigma: Tensor, embeds: Tensor, lengths: Tensor) -> Tensor:
-        velocity: Tensor = self.field(latents, sigma, PromptBatch(embeds, lengths, True)).velocity
-        return velocity
+        return bind(self.network, PromptBatch(embeds, lengths, True))(latents, sigma)
 
 
 @torch.no_grad()
 def export_programs(
-    student: str, out: Path, size: tuple[int, int], batch_size: int, caption_tokens: int
+    student: ModelFolder, out: Path, *, size: tuple[int, int], batch_size: int, caption_tokens: int
 ) -> list[str]:
     """Writes `first.pt2`, `second.pt2` and `program.json`, which says what goes in and out.
 
@@ -44,7 +45,7 @@ def export_programs(
         caption_tokens: what captions are padded to.
 
     Raises:
-        ModelError: for a size or a caption length that the model does not take.
+        InputError, ModelError: for a size or a caption length that the model does not take.
     """
     if caption_tokens < SEQUENCE_MULTIPLE or caption_tokens % SEQUENCE_MULTIPLE:
         raise ModelError(
@@ -52,12 +53,7 @@ def export_programs(
             f"got {caption_tokens}"
         )
     sampler = Sampler.load(student)
-    assert sampler.schedule is not None  # the caller has checked
-    assert sampler.second is not None
-    try:
-        shape = (batch_size, *sampler.noise_shape(*size))
-    except ValueError as error:
-        raise ModelError(f"size: {error}") from error
+    shape = (batch_size, *student.latent_shape(size))
     width = int(sampler.encoder.text_encoder.config.hidden_size)
     example = (
         torch.zeros(shape),
@@ -66,15 +62,15 @@ def export_programs(
         torch.full((batch_size,), caption_tokens),
     )
     out.mkdir(parents=True, exist_ok=True)
-    for name, field in zip(STEPS, (sampler.field, sampler.second), strict=True):
-        program = torch.export.export(Step(field).eval(), example)
+    for name, velocity in zip(STEPS, sampler.velocities, strict=True):
+        program = torch.export.export(Step(velocity).eval(), example)
         write_atomically(out / f"{name}.pt2", partial(torch.export.save, program))
     text = json.dumps(_description(sampler.schedule, example), indent=1) + "\n"
     write_atomically(out / "program.json", lambda p: p.write_text(text, encoding="utf-8"))
     return [f"inputs {', '.join(str(tuple(t.shape)) for t in example)}, for nothing else"]
 
 
-def _description(schedule: TwoStep, example: tuple[Tensor, ...]) -> dict[str, object]:
+def _description(schedule: Schedule, example: tuple[Tensor, ...]) -> dict[str, object]:
     names = ("latents", "sigma", "prompt_embeds", "lengths")
     return {
         "inputs": {

@@ -1,8 +1,7 @@
-"""Z-Image: a batched forward over diffusers' own modules, and prompt encoding.
+"""Z-Image: a batched forward over diffusers' own modules, and what else is the family's own.
 
 diffusers' forward takes lists of tensors and loops over them. Here the batch is one tensor, the
-modules are the same ones, and the result is the same: adapters, attention backends and block-wise
-compilation of the diffusers model keep working.
+modules are the same ones, and the result is the same.
 
 Shapes: B batch, C latent channels, H W latent size, D caption feature size, L caption tokens
 padded to a multiple of 32, N image tokens = H/2 * W/2 padded to a multiple of 32.
@@ -10,143 +9,57 @@ padded to a multiple of 32, N image tokens = H/2 * W/2 padded to a multiple of 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from twostep.families.family import (
+    SEQUENCE_MULTIPLE,
+    LatentSpace,
+    Prediction,
+    PromptBatch,
+)
 from twostep.method.flow import model_time
 
-# Z-Image pads image and caption tokens, each, to a multiple of this; the pad tokens are attended.
-SEQUENCE_MULTIPLE = 32
 PATCH = 2
 _PATCH_KEY = f"{PATCH}-1"
 
 
-def _bucket(length: int) -> int:
-    return length + (-length) % SEQUENCE_MULTIPLE
+class ZImageVelocity(ZImageTransformer2DModel):
+    """diffusers' transformer with a forward of its own, a velocity in our convention (`flow.py`).
 
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompt embeddings of a batch.
+    Made of a stock transformer by `as_velocity`, never by its constructor.
 
     Attributes:
-        embeds: (B, L, D); positions past a caption's end hold zeros.
-        lengths: (B,) int64, real tokens per caption, at least 1.
-        one_bucket: all captions pad to the same multiple of 32, so attention needs no mask.
+        kept: main layers that are not recomputed in the backward pass.
+        rope_tables: rotary factors by axis.
     """
 
-    embeds: Tensor
-    lengths: Tensor
-    one_bucket: bool
-
-    @staticmethod
-    def collate(prompt_embeds: Sequence[Tensor], device: torch.device | str = "cpu") -> PromptBatch:
-        """From ragged embeddings, each (tokens, D).
-
-        Raises:
-            ValueError: if the list or one of its members is empty.
-        """
-        lengths = [len(e) for e in prompt_embeds]
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"prompt_embeds need at least one token each, got lengths {lengths}")
-        buckets = {_bucket(length) for length in lengths}
-        padded = pad_sequence(list(prompt_embeds), batch_first=True)
-        embeds = nn.functional.pad(padded, (0, 0, 0, max(buckets) - padded.shape[1]))
-        return PromptBatch(
-            embeds.to(device), torch.tensor(lengths, device=device), len(buckets) == 1
-        )
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    @staticmethod
-    def cat(batches: Sequence[PromptBatch]) -> PromptBatch:
-        """The batches one after another, padded to the longest."""
-        longest = max(b.embeds.shape[1] for b in batches)
-        embeds = [
-            nn.functional.pad(b.embeds, (0, 0, 0, longest - b.embeds.shape[1])) for b in batches
-        ]
-        one_bucket = all(b.one_bucket and b.embeds.shape[1] == longest for b in batches)
-        return PromptBatch(torch.cat(embeds), torch.cat([b.lengths for b in batches]), one_bucket)
-
-    def replace(self, rows: Tensor, other: PromptBatch) -> PromptBatch:
-        """These prompts, but `other`'s in the rows where `rows`, (B,) bool, is true."""
-        both = PromptBatch.cat([self, other])
-        (ours, theirs), (own, their_own) = both.embeds.chunk(2), both.lengths.chunk(2)
-        embeds = torch.where(rows[:, None, None], theirs, ours)
-        return PromptBatch(embeds, torch.where(rows, their_own, own), both.one_bucket)
-
-    def expand(self, count: int) -> PromptBatch:
-        """A batch of one prompt repeated `count` times.
-
-        Raises:
-            ValueError: if the batch does not hold exactly one prompt.
-        """
-        if len(self) != 1:
-            raise ValueError(
-                f"only a batch of one prompt can be expanded, this one has {len(self)}"
-            )
-        return PromptBatch(self.embeds.expand(count, -1, -1), self.lengths.expand(count), True)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What one forward gives.
-
-    Attributes:
-        velocity: fp32 (B, C, H, W).
-        hidden: hidden states of the image tokens, (B, H/2 * W/2, dim), one per tapped layer.
-    """
-
-    velocity: Tensor
-    hidden: tuple[Tensor, ...]
-
-
-class ZImageVelocity(nn.Module):
-    """A `ZImageTransformer2DModel` as a velocity field in our convention (`flow.py`).
-
-    Args:
-        transformer: the diffusers model; its modules and weights are used as they are.
-    """
-
-    def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        if _PATCH_KEY not in transformer.all_x_embedder:
-            raise ValueError(
-                f"transformer.all_patch_size must contain {PATCH}, "
-                f"got {transformer.config.all_patch_size}"
-            )
-        self.transformer = transformer
-        self.kept: frozenset[int] = frozenset()
-        # diffusers fills these tables in its first forward, which breaks a compiled graph.
-        rope = transformer.rope_embedder
-        self.rope_tables: list[Tensor] = rope.precompute_freqs_cis(
-            rope.axes_dims, rope.axes_lens, theta=rope.theta
-        )
+    kept: frozenset[int]
+    rope_tables: list[Tensor]
 
     @property
     def channels(self) -> int:
         """Latent channels C."""
-        return int(self.transformer.in_channels)
+        return int(self.in_channels)
 
     @property
     def depth(self) -> int:
         """Number of main layers, the range of `taps`."""
-        return len(self.transformer.layers)
+        return len(self.layers)
 
     @property
     def width(self) -> int:
         """Size of a hidden state."""
-        return int(self.transformer.dim)
+        return int(self.dim)
 
-    def enable_gradient_checkpointing(
-        self, share: float = 1.0, run: Callable[..., Any] | None = None
-    ) -> None:
+    def recompute_layers(self, share: float = 1.0, run: Callable[..., Any] | None = None) -> None:
         """Recomputes layers in the backward pass.
 
         Args:
@@ -156,7 +69,7 @@ class ZImageVelocity(nn.Module):
         self.kept = frozenset(
             i for i in range(self.depth) if int((i + 1) * share) == int(i * share)
         )
-        self.transformer.enable_gradient_checkpointing(run)
+        self.enable_gradient_checkpointing(run)
 
     def forward(
         self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
@@ -169,27 +82,26 @@ class ZImageVelocity(nn.Module):
             prompts: B captions.
             taps: layers whose hidden states are wanted, 0 to depth - 1, ascending.
         """
-        model = self.transformer
         rows, columns = latents.shape[2] // PATCH, latents.shape[3] // PATCH
         tokens = rows * columns
-        dtype = model.all_x_embedder[_PATCH_KEY].weight.dtype
+        dtype = self.all_x_embedder[_PATCH_KEY].weight.dtype
         latents = latents.to(dtype)
-        time = model.t_embedder(model_time(sigma.float()) * model.t_scale).type_as(latents)
+        time = self.t_embedder(model_time(sigma.float()) * self.t_scale).type_as(latents)
 
-        image = model.all_x_embedder[_PATCH_KEY](_patchify(latents))
-        image = _pad_tokens(image, model.x_pad_token)
+        image = self.all_x_embedder[_PATCH_KEY](_patchify(latents))
+        image = _pad_tokens(image, self.x_pad_token)
         image_rope, caption_rope = self._rope(prompts, rows, columns)
-        for layer in model.noise_refiner:
+        for layer in self.noise_refiner:
             image = self._run(layer, image, None, image_rope, time)
 
         positions = torch.arange(prompts.embeds.shape[1], device=latents.device)
-        caption = model.cap_embedder(prompts.embeds.to(dtype))
+        caption = self.cap_embedder(prompts.embeds.to(dtype))
         is_text = (positions < prompts.lengths[:, None])[..., None]
-        caption = torch.where(is_text, caption, model.cap_pad_token.to(caption.dtype))
+        caption = torch.where(is_text, caption, self.cap_pad_token.to(caption.dtype))
         inside = None
         if not prompts.one_bucket:
             inside = positions < _bucket_lengths(prompts.lengths)[:, None]
-        for layer in model.context_refiner:
+        for layer in self.context_refiner:
             caption = self._run(layer, caption, inside, caption_rope)
 
         hidden = torch.cat([image, caption], dim=1)
@@ -198,18 +110,18 @@ class ZImageVelocity(nn.Module):
         if inside is not None:
             mask = torch.cat([inside.new_ones(image.shape[:2]), inside], dim=1)
         tapped = []
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(self.layers):
             hidden = self._run(layer, hidden, mask, rope, time, keep=index in self.kept)
             if index in taps:
                 tapped.append(hidden[:, :tokens])
-        output = model.all_final_layer[_PATCH_KEY](hidden[:, :tokens], c=time)
+        output = self.all_final_layer[_PATCH_KEY](hidden[:, :tokens], c=time)
         # Z-Image predicts clean - noise; our velocity is its negative.
         velocity = -_unpatchify(output, rows, columns).float()
         return Prediction(velocity, tuple(tapped))
 
     def _run(self, layer: nn.Module, *inputs: Any, keep: bool = False) -> Tensor:
-        if self.transformer.gradient_checkpointing and torch.is_grad_enabled() and not keep:
-            return self.transformer._gradient_checkpointing_func(layer, *inputs)
+        if self.gradient_checkpointing and torch.is_grad_enabled() and not keep:
+            return self._gradient_checkpointing_func(layer, *inputs)
         return layer(*inputs)
 
     def _rope(self, prompts: PromptBatch, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -247,6 +159,86 @@ class ZImageVelocity(nn.Module):
             # Position (0, 0, 0): no rotation.
             image = torch.cat([image, image.new_ones(len(start), padding, image.shape[2])], dim=1)
         return image, caption[None]
+
+
+# diffusers looks a model's class up by its name: in its tables for adapters, and in what a model
+# or a pipeline writes about itself.
+ZImageVelocity.__name__ = ZImageTransformer2DModel.__name__
+ZImageVelocity.__module__ = ZImageTransformer2DModel.__module__
+
+
+class ZImage:
+    """The family (`family.Family`)."""
+
+    transformer = ZImageTransformer2DModel.__name__
+    parts: tuple[str, ...] = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    patch = PATCH
+
+    def load(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
+        return self.as_velocity(
+            ZImageTransformer2DModel.from_pretrained(
+                folder, subfolder=part, dtype=dtype, use_safetensors=True
+            )
+        ).eval()
+
+    def without_weights(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
+        config = ZImageTransformer2DModel.load_config(folder, subfolder=part)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                transformer = ZImageTransformer2DModel.from_config(config)
+        finally:
+            torch.set_default_dtype(default)
+        return self.as_velocity(transformer).eval()
+
+    def as_velocity(self, transformer: Any) -> ZImageVelocity:
+        """As `Family.as_velocity`.
+
+        Raises:
+            ValueError: for a transformer without patches of 2 x 2.
+        """
+        if isinstance(transformer, ZImageVelocity):
+            return transformer
+        if _PATCH_KEY not in transformer.all_x_embedder:
+            raise ValueError(
+                f"transformer.all_patch_size must contain {PATCH}, "
+                f"got {transformer.config.all_patch_size}"
+            )
+        transformer.__class__ = ZImageVelocity
+        transformer.kept = frozenset()
+        # diffusers fills these tables in its first forward, which breaks a compiled graph.
+        rope = transformer.rope_embedder
+        transformer.rope_tables = rope.precompute_freqs_cis(
+            rope.axes_dims, rope.axes_lens, theta=rope.theta
+        )
+        if hasattr(transformer, "_old_forward"):  # accelerate wraps the forward that it found
+            transformer._old_forward = MethodType(ZImageVelocity.forward, transformer)
+        return transformer
+
+    def latent_space(self, transformer: Mapping[str, Any], scale: int) -> LatentSpace:
+        _, rows, columns = transformer["axes_lens"]
+        channels = int(transformer["in_channels"])
+        return LatentSpace(channels, scale, PATCH, (int(rows), int(columns)))
+
+    def caption_width(self, transformer: Mapping[str, Any]) -> int:
+        return int(transformer["cap_feat_dim"])
+
+    def depth(self, transformer: Mapping[str, Any]) -> int:
+        return int(transformer["n_layers"])
+
+    def blocks(self, transformer: Any) -> Iterator[nn.Module]:
+        """Main layers first, then the refiners'."""
+        return chain(transformer.layers, transformer.noise_refiner, transformer.context_refiner)
+
+    def shift(self, scheduler: Mapping[str, Any], size: tuple[int, int] | None) -> float:
+        """The same for every size."""
+        name = scheduler.get("_class_name")
+        if name != "FlowMatchEulerDiscreteScheduler":
+            raise ValueError(f"scheduler is {name}, expected FlowMatchEulerDiscreteScheduler")
+        if scheduler.get("use_dynamic_shifting"):
+            raise ValueError("use_dynamic_shifting is not supported, expected a static shift")
+        return float(scheduler.get("shift", 1.0))
 
 
 def _bucket_lengths(lengths: Tensor) -> Tensor:

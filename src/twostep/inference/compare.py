@@ -8,11 +8,10 @@ from pathlib import Path
 from PIL import Image
 
 from twostep.errors import InputError
-from twostep.inference.generate import (
-    check_prompts,
-    load_sampler,
-)
+from twostep.inference.generate import check_prompts, open_model
+from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
+from twostep.runtime.devices import pick_device
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import labelled_rows, to_pil
 
@@ -59,11 +58,12 @@ def compare(
     rows: dict[str, list[Image.Image]] = {}
     for text in models:
         model, steps = parse_model(text)
-        sampler = load_sampler(model, size, steps, device)
+        folder = open_model(model, size, steps)
+        sampler = Sampler.load(folder, pick_device(device))
         noise = seeded_noise([number for _, number in pairs], sampler.noise_shape(*size))
         sample = sampler.sample(captions, noise, steps)
         name = Path(model.removeprefix("zoo:")).name
-        used = sampler.count_steps(steps)
+        used = folder.count_steps(steps)
         if preview and sample.preview is not None:
             images = sampler.decoder.decode(sample.preview)
             rows[f"{name}, preview after step 1"] = [to_pil(image) for image in images]

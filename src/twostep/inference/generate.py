@@ -16,15 +16,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from twostep.data.prompts import load_prompts
 from twostep.errors import InputError
-from twostep.inference.sampler import Sampler, base_folder, count_steps, fingerprint, read_schedule
-from twostep.method.rollout import TwoStep, seeded_noise
-from twostep.models.folder import (
-    MAX_PIXELS,
-    LatentSpace,
-    PromptEncoder,
-)
-from twostep.models.int8 import MODES, Memory
-from twostep.runtime.devices import pick_device
+from twostep.families.family import MAX_PIXELS
+from twostep.inference.sampler import Sampler
+from twostep.method.rollout import seeded_noise
+from twostep.models.folder import ModelFolder
+from twostep.runtime.devices import MODES, Memory, Placement, pick_device
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import tile, to_pil
 
@@ -104,35 +100,16 @@ class Picture:
         return json.dumps(record, ensure_ascii=False)
 
 
-def check_model(model: str, size: tuple[int, int], steps: int | None) -> TwoStep | None:
-    """The model's schedule (None for a teacher), once the arguments fit it; loads no weights.
+def open_model(model: str, size: tuple[int, int], steps: int | None) -> ModelFolder:
+    """The model's folder, once the arguments fit it; loads no weights.
 
     Raises:
         InputError, ModelError: for what does not fit.
     """
-    schedule = read_schedule(model)
-    try:
-        LatentSpace.of_folder(base_folder(model)).shape(*size)
-    except ValueError as error:
-        raise InputError(f"size: {error}") from error
-    if schedule is not None and steps not in (None, 2):
-        raise InputError(f"steps: {model} is a two-step student, got {steps}")
-    return schedule
-
-
-def load_sampler(model: str, size: tuple[int, int], steps: int | None, device: str) -> Sampler:
-    """The model on `device` (auto, cpu or cuda; in bf16 on CUDA), once the arguments fit it.
-
-    Raises:
-        InputError, ModelError: for what does not fit.
-    """
-    check_model(model, size, steps)
-    chosen = pick_device(device)
-    return Sampler.load(model, chosen, _dtype_on(chosen))
-
-
-def _dtype_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder = ModelFolder.open(model)
+    folder.latent_shape(size)
+    folder.count_steps(steps)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -157,16 +134,18 @@ class Holding:
                 return Holding(mode, tiny_decoder, prompt_cache)
         raise InputError(f"memory: expected one of {', '.join(MODES)}, got {memory!r}")
 
-    def load(self, model: str, prompts: Sequence[str], device: torch.device) -> Sampler:
+    def load(self, folder: ModelFolder, prompts: Sequence[str], device: torch.device) -> Sampler:
         """The model, its prompts encoded already and its text encoder gone again."""
-        dtype = _dtype_on(device)
-        encoder = PromptEncoder.load(
-            base_folder(model), dtype, _ENCODED_FIRST, self.prompt_cache
-        ).to(device)
+        placement = Placement.on(device, self.memory)
+        encoder = folder.encoder(
+            placement, cache_size=_ENCODED_FIRST, prompt_cache=self.prompt_cache
+        )
         if len(prompts) <= _ENCODED_FIRST:
             encoder.encode(prompts)
             encoder.release()
-        return Sampler.load(model, device, dtype, self.memory, self.tiny_decoder, encoder)
+        return Sampler.load(
+            folder, placement=placement, tiny_decoder=self.tiny_decoder, encoder=encoder
+        )
 
 
 def generate(
@@ -196,11 +175,11 @@ def generate(
         InputError, ModelError: before any picture is made.
     """
     check_prompts(prompts)
-    schedule = check_model(model, size, steps)
-    if preview and schedule is None:
-        raise InputError(f"preview: {model} is no two-step student")
+    folder = open_model(model, size, steps)
+    if preview:
+        folder.check_student("preview")
     chosen = pick_device(device)
-    used = count_steps(schedule, steps)
+    used = folder.count_steps(steps)
     out.mkdir(parents=True, exist_ok=True)
     wanted = [
         Picture(path, prompt, number, used, model, _beside(path) if preview else None, True)
@@ -208,12 +187,12 @@ def generate(
         for number in range(seed, seed + count)
         for path in [out / f"{_slug(prompt)}-{number}-{used}steps.png"]
     ]
-    weights = fingerprint(model)[:16]
+    weights = folder.fingerprint[:16]
     facts = {picture: _facts(picture, size, weights, holding) for picture in wanted}
     missing = {picture for picture in wanted if not _is_there(picture, facts[picture])}
     sampler = None
     if missing:
-        sampler = holding.load(model, list(dict.fromkeys(p.prompt for p in missing)), chosen)
+        sampler = holding.load(folder, list(dict.fromkeys(p.prompt for p in missing)), chosen)
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
         todo = [picture for picture in part if picture in missing]

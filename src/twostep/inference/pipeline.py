@@ -16,24 +16,14 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from twostep.errors import ModelError
-from twostep.families.zimage import PromptBatch, ZImageVelocity
-from twostep.inference.sampler import bind, transition_noise
-from twostep.method.rollout import TwoStep, two_step
-from twostep.models.folder import (
-    LatentSpace,
-    PromptEncoder,
-    read_index,
-    resolve,
-    transformer_with,
-)
-from twostep.models.int8 import wake
-from twostep.runtime.files import replace_folder
-
-# What the folder's model_index.json names: the class in its own pipeline.py. Opened as a plain
-# ZImagePipeline, diffusers then refuses to load it instead of dropping the second transformer.
-CLASS_NAME = ["pipeline", "TwoStepPipeline"]
-STANDALONE = Path(__file__).parents[1] / "models" / "standalone_pipeline.py"
+from twostep.families import FAMILIES
+from twostep.families.family import Family, LatentSpace, PromptBatch
+from twostep.method.rollout import first_step, second_step
+from twostep.method.schedule import Schedule
+from twostep.models.folder import ModelFolder
+from twostep.models.prompt_encoder import PromptEncoder
+from twostep.models.student import CLASS_NAME, STANDALONE
+from twostep.models.velocity import bind
 
 StepCallback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -66,11 +56,13 @@ class TwoStepPipeline(ZImagePipeline):
         step2_sigma: float = 0.75,
         transition: str = "euler",
     ) -> None:
+        # At once, before anything is hung on their forward.
+        family = FAMILIES[type(transformer).__name__]
+        transformer, transformer_2 = map(family.as_velocity, (transformer, transformer_2))
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
         self.register_modules(transformer_2=transformer_2)
         self.register_to_config(step2_sigma=step2_sigma, transition=transition)
         self.encoder = PromptEncoder(tokenizer, text_encoder, cache_size=256)
-        self._fields: dict[str, ZImageVelocity] = {}
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> TwoStepPipeline:
@@ -79,12 +71,11 @@ class TwoStepPipeline(ZImagePipeline):
         The folder's `pipeline.py` is for those without this package and is not run.
 
         Raises:
-            ModelError: if there is no such folder, or it is no two-step student.
+            ModelError, InputError: if there is no such folder, or it is no two-step student.
         """
-        folder = resolve(os.fspath(model))
-        if "transformer_2" not in read_index(folder):
-            raise ModelError(f"{folder} has no transformer_2: it is no two-step student")
-        pipe: TwoStepPipeline = super().from_pretrained(folder, **kwargs)
+        folder = ModelFolder.open(os.fspath(model))
+        folder.check_full_student("model")
+        pipe: TwoStepPipeline = super().from_pretrained(folder.path, **kwargs)
         return pipe
 
     @classmethod
@@ -146,8 +137,7 @@ class TwoStepPipeline(ZImagePipeline):
             raise ValueError(
                 f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
             )
-        space = LatentSpace.of(self.transformer.config, self.vae_scale_factor)
-        sides = space.shape(height, width)
+        sides = self._space().shape(height, width)
         shape = (count * num_images_per_prompt, *sides)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
@@ -165,34 +155,34 @@ class TwoStepPipeline(ZImagePipeline):
         noise = latents.to(device, torch.float32)
 
         prompts = PromptBatch.collate(embeds, device)
-        schedule = TwoStep(self.config.step2_sigma, self.config.transition)
-        fresh = transition_noise(noise) if schedule.transition == "renoise" else None
+        shift = self._family().shift(self.scheduler.config, (height, width))
+        schedule = Schedule(shift, self.config.step2_sigma, self.config.transition)
 
-        def first(x: Tensor, sigma: Tensor) -> Tensor:
-            return bind(self._field("transformer"), prompts)(x, sigma)
+        def after(step: int, sigma: float, tensor: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return tensor
+            return callback_on_step_end(self, step, sigma, {"latents": tensor}).get(
+                "latents", tensor
+            )
 
-        def second(x: Tensor, sigma: Tensor) -> Tensor:
-            if callback_on_step_end is not None:
-                x = callback_on_step_end(self, 0, 1.0, {"latents": x}).get("latents", x)
-            return bind(self._field("transformer_2"), prompts)(x, sigma)
-
-        rollout = two_step(first, second, noise, schedule, transition_noise=fresh)
-        result = rollout.clean2
-        if callback_on_step_end is not None:
-            outputs = callback_on_step_end(self, 1, schedule.step2_sigma, {"latents": result})
-            result = outputs.get("latents", result)
-        images = self._finish(result, output_type)
-        previews = self._finish(rollout.clean1, output_type) if return_preview else None
+        between = first_step(bind(self._velocity("transformer"), prompts), noise, schedule)
+        latents2 = after(0, 1.0, between.latents2)
+        second = bind(self._velocity("transformer_2"), prompts)
+        clean2 = second_step(second, latents2, schedule)
+        images = self._finish(after(1, schedule.step2_sigma, clean2), output_type)
+        previews = self._finish(between.clean1, output_type) if return_preview else None
         self.maybe_free_model_hooks()
         return TwoStepOutput(images=images, previews=previews)
 
-    def _field(self, name: str) -> ZImageVelocity:
-        """The named transformer as a velocity field; its rope tables are computed once."""
-        transformer, field = getattr(self, name), self._fields.get(name)
-        wake(transformer)
-        if field is None or field.transformer is not transformer:
-            field = self._fields[name] = ZImageVelocity(transformer)
-        return field
+    def _family(self) -> Family:
+        return FAMILIES[type(self.transformer).__name__]
+
+    def _velocity(self, name: str) -> Any:
+        """The named transformer with the batched forward; adapters and hooks on it stay."""
+        return self._family().as_velocity(getattr(self, name))
+
+    def _space(self) -> LatentSpace:
+        return self._family().latent_space(self.transformer.config, self.vae_scale_factor)
 
     def _count(self, prompt: str | list[str] | None, prompt_embeds: list[Tensor] | None) -> int:
         """How many prompts there are; ValueError for none, empty ones, or wrong embeddings."""
@@ -218,40 +208,3 @@ class TwoStepPipeline(ZImagePipeline):
         latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         image = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(image, output_type=output_type)
-
-
-def save_student(
-    teacher: Path,
-    first: Any,
-    second: Any,
-    schedule: TwoStep,
-    folder: Path,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Writes a student as a diffusers folder: the teacher's parts and two transformers.
-
-    Args:
-        teacher: the teacher's folder; everything but its transformer is copied.
-        first, second: `ZImageTransformer2DModel`s; not changed.
-        folder: replaced if it exists, at the very end.
-    """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
-        shutil.copytree(teacher / part, temporary / part)
-    for name, transformer in (("transformer", first), ("transformer_2", second)):
-        _save_transformer(transformer, temporary / name, dtype)
-    index = read_index(teacher)
-    shutil.copyfile(STANDALONE, temporary / "pipeline.py")
-    index["_class_name"] = CLASS_NAME
-    index["transformer_2"] = index["transformer"]
-    index["step2_sigma"] = schedule.step2_sigma
-    index["transition"] = schedule.transition
-    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    replace_folder(temporary, folder)
-
-
-def _save_transformer(transformer: Any, folder: Path, dtype: torch.dtype) -> None:
-    weights = {k: v.detach().to("cpu", dtype) for k, v in transformer.state_dict().items()}
-    transformer_with(transformer, weights).save_pretrained(folder)

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from twostep.errors import ModelError
-from twostep.families.zimage import PromptBatch, ZImageVelocity
-from twostep.method.flow import sigma_schedule
-from twostep.method.rollout import TwoStep, VelocityField, euler, guided, two_step
-from twostep.models.folder import (
-    Decoder,
-    LatentSpace,
-    PromptEncoder,
-    load_velocity,
-    locate,
-    read_index,
-    read_shift,
-    resolve,
-)
-from twostep.models.int8 import Memory, hold, transformer_of
-from twostep.models.lora_pair import AdapterField, LoraPair
-from twostep.runtime.files import folder_fingerprint
-
-Field = ZImageVelocity | AdapterField
-
-
-def bind(field: Field, prompts: PromptBatch) -> VelocityField:
-    """`field` with its prompts fixed."""
-    return lambda latents, sigma: field(latents, sigma, prompts).velocity
-
-
-def read_two_step(folder: Path) -> TwoStep | None:
-    """A student folder's schedule, from its own `model_index.json`; None for a teacher.
-
-    Raises:
-        ModelError: if the folder has a second transformer but no schedule for it.
-    """
-    index = read_index(folder)
-    if "transformer_2" not in index:
-        return None
-    if "step2_sigma" not in index:
-        raise ModelError(f"{folder}/model_index.json has transformer_2 but no step2_sigma")
-    return TwoStep(float(index["step2_sigma"]), index.get("transition", "euler"))
+from twostep.families.family import LatentSpace, PromptBatch
+from twostep.method.rollout import euler, first_step, second_step
+from twostep.method.schedule import Schedule
+from twostep.models.codec import Decoder
+from twostep.models.compiling import allow_graphs
+from twostep.models.folder import ModelFolder
+from twostep.models.prompt_encoder import PromptEncoder
+from twostep.models.velocity import Velocity, bind, guided_field
+from twostep.runtime.devices import Placement
 
 
 @dataclass(frozen=True)
@@ -59,127 +27,81 @@ class Sample:
     preview: Tensor | None
 
 
-def read_schedule(model: str) -> TwoStep | None:
-    """The schedule of a student, two transformers or two LoRA files; None for a teacher.
-
-    Raises:
-        ModelError: if there is no such model, or it cannot be used.
-    """
-    pair = LoraPair.read(locate(model))
-    return read_two_step(resolve(model)) if pair is None else pair.schedule
-
-
-def base_folder(model: str) -> Path:
-    """The diffusers folder of everything but a student's LoRA files: for most, the model itself.
-
-    Raises:
-        ModelError: if there is none.
-    """
-    pair = LoraPair.read(locate(model))
-    return resolve(model if pair is None else pair.teacher)
-
-
-def count_steps(schedule: TwoStep | None, steps: int | None) -> int:
-    """How many steps a model with `schedule` takes when asked for `steps`."""
-    return 2 if schedule is not None else steps or 8
-
-
-def fingerprint(model: str) -> str:
-    """Changes with the model's weights, configurations or templates."""
-    folder, base = locate(model), base_folder(model)
-    if folder == base:
-        return folder_fingerprint(folder)
-    both = folder_fingerprint(folder) + folder_fingerprint(base)
-    return hashlib.sha256(both.encode()).hexdigest()
-
-
 class Sampler:
-    """A loaded model folder.
+    """A loaded model.
 
     Args:
-        field: the transformer, or the student's first.
-        second: the student's second transformer; None for a model with any number of steps.
-        schedule: the student's schedule; None exactly when `second` is.
-        shift: time shift of the teacher's schedule.
-        device: where the model computes; where its weights are if None.
+        velocities: one for a model with any number of steps; a student's two.
+        schedule: the model's noise levels.
+        space: where its images live.
+        device: where the model computes.
     """
 
     def __init__(
         self,
-        field: Field,
-        second: Field | None,
-        schedule: TwoStep | None,
-        shift: float,
+        velocities: Sequence[Velocity],
+        *,
+        schedule: Schedule,
+        space: LatentSpace,
         encoder: PromptEncoder,
         decoder: Decoder,
-        device: torch.device | None = None,
+        device: torch.device,
     ) -> None:
-        self.field, self.second, self.schedule, self.shift = field, second, schedule, shift
-        self.encoder, self.decoder = encoder, decoder
-        self.device = device or next(field.parameters()).device
+        self.velocities, self.schedule, self.space = tuple(velocities), schedule, space
+        self.encoder, self.decoder, self.device = encoder, decoder, device
 
     @staticmethod
     def load(
-        model: str,
+        model: str | ModelFolder,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        memory: Memory = "plain",
+        *,
+        placement: Placement | None = None,
         tiny_decoder: str | None = None,
         encoder: PromptEncoder | None = None,
     ) -> Sampler:
         """From a folder, `zoo:NAME` or a hub id; a folder of two LoRA files names its teacher.
 
         Args:
-            memory: how the transformers' weights are held (`memory.py`).
+            device: in the type that suits it (`Placement.on`).
+            placement: in place of `device`.
             tiny_decoder: an `AutoencoderTiny` in the VAE's place.
             encoder: one that encoded the prompts already, in place of the model's own.
 
         Raises:
-            ModelError: if the folder is missing or is not a model of this family.
+            ModelError: if the folder is missing or is not a model of a known family.
         """
-        device, folder = torch.device(device), locate(model)
-        pair = LoraPair.read(folder)
-        fields: tuple[Field, ...]
-        if pair is not None:
-            schedule: TwoStep | None = pair.schedule
-            fields = pair.load(folder, dtype)
-            folder = resolve(pair.teacher)
-        else:
-            folder = resolve(model)
-            schedule = read_two_step(folder)
-            parts = ("transformer", "transformer_2") if schedule else ("transformer",)
-            fields = tuple(load_velocity(folder, part, dtype) for part in parts)
-        hold(fields, memory, device)
-        decoder = Decoder.load(folder, dtype)
-        if tiny_decoder is not None:
-            decoder = Decoder.load_tiny(tiny_decoder, decoder, dtype)
-        # Convolutions are faster so, on a CPU too.
-        decoder.vae.to(device, memory_format=torch.channels_last)
-        if encoder is None:
-            encoder = PromptEncoder.load(folder, dtype).to(device)
-        second = fields[1] if len(fields) > 1 else None
-        return Sampler(fields[0], second, schedule, read_shift(folder), encoder, decoder, device)
+        folder = model if isinstance(model, ModelFolder) else ModelFolder.open(model)
+        placement = placement or Placement.on(device)
+        return Sampler(
+            folder.velocities(placement),
+            schedule=folder.schedule(),
+            space=folder.space,
+            encoder=encoder or folder.encoder(placement),
+            decoder=folder.decoder(placement, tiny_decoder),
+            device=placement.device,
+        )
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it takes its two steps and no other number."""
+        return len(self.velocities) == 2
 
     def compile(self) -> None:
         """Compiles transformers and decoder: the first picture of a size and batch takes long."""
-        self.field.compile(dynamic=False)
-        if self.second is not None:
-            self.second.compile(dynamic=False)
+        allow_graphs()
+        for module in self.velocities:
+            assert isinstance(module, nn.Module)
+            module.compile(dynamic=False)
         self.decoder.vae.decoder.compile(dynamic=False)
 
     def modules(self) -> list[nn.Module]:
         """Everything that runs between a prompt and its picture."""
-        found = [self.encoder.text_encoder, self.field, self.second, self.decoder.vae]
-        return [module for module in found if module is not None]
-
-    def count_steps(self, steps: int | None) -> int:
-        """How many steps `sample` takes when asked for `steps`."""
-        return count_steps(self.schedule, steps)
+        velocities = [v for v in self.velocities if isinstance(v, nn.Module)]
+        return [self.encoder.text_encoder, *velocities, self.decoder.vae]
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the noise for a `height` x `width` image; ValueError for a bad size."""
-        config: Any = transformer_of(self.field).config
-        return LatentSpace.of(config, self.decoder.scale).shape(height, width)
+        return self.space.shape(height, width)
 
     @torch.no_grad()
     def sample(
@@ -187,6 +109,7 @@ class Sampler:
         prompts: Sequence[str],
         noise: Tensor,
         steps: int | None = None,
+        *,
         guidance_scale: float = 0.0,
         batch_size: int = 64,
     ) -> Sample:
@@ -201,7 +124,7 @@ class Sampler:
         """
         if len(prompts) != len(noise):
             raise ValueError(f"{len(prompts)} prompts but noise for {len(noise)} images")
-        if self.schedule is not None and (steps not in (None, 2) or guidance_scale):
+        if self.is_student and (steps not in (None, 2) or guidance_scale):
             raise ValueError(
                 f"a two-step student takes steps=2 and guidance_scale=0, "
                 f"got steps={steps}, guidance_scale={guidance_scale}"
@@ -211,7 +134,7 @@ class Sampler:
             texts = list(prompts[start : start + batch_size])
             batch = PromptBatch.collate(self.encoder.encode(texts), self.device)
             part = noise[start : start + batch_size].to(self.device)
-            sample = self.roll(batch, part, steps, guidance_scale)
+            sample = self.roll(batch, part, steps, guidance_scale=guidance_scale)
             latents.append(sample.latents)
             if sample.preview is not None:
                 previews.append(sample.preview)
@@ -223,43 +146,33 @@ class Sampler:
         prompts: PromptBatch,
         noise: Tensor,
         steps: int | None = None,
+        *,
         guidance_scale: float = 0.0,
-        around: Callable[[VelocityField], VelocityField] = lambda field: field,
+        on_step: Callable[[], None] = lambda: None,
     ) -> Sample:
         """One batch of `sample`, its prompts encoded and everything on the model's device.
 
-        `around` may put something, such as a clock, around the field of every step.
+        `on_step` is called after each step; a clock, for instance.
         """
-        first = bind(self.field, prompts)
-        if self.schedule is not None:
-            assert self.second is not None
-            fresh = transition_noise(noise) if self.schedule.transition == "renoise" else None
-            second = around(bind(self.second, prompts))
-            rollout = two_step(around(first), second, noise, self.schedule, transition_noise=fresh)
-            return Sample(rollout.clean2, rollout.clean1)
-        unconditional = None
-        if guidance_scale:
-            empty = PromptBatch.collate(self.encoder.encode([""]), self.device)
-            unconditional = bind(self.field, empty.expand(len(noise)))
-        field = around(guided(first, unconditional, guidance_scale))
-        return Sample(
-            euler(field, noise, sigma_schedule(self.count_steps(steps), self.shift)), None
+        if self.is_student:
+            first, second = (bind(velocity, prompts) for velocity in self.velocities)
+            between = first_step(first, noise, self.schedule)
+            on_step()
+            clean2 = second_step(second, between.latents2, self.schedule)
+            on_step()
+            return Sample(clean2, between.clean1)
+        field = guided_field(
+            self.velocities[0], prompts, self._empty(guidance_scale), guidance_scale
         )
+        sigmas = self.schedule.sigmas(steps or 8)
+        return Sample(euler(field, noise, sigmas, lambda *_: on_step()), None)
+
+    def _empty(self, guidance_scale: float) -> PromptBatch | None:
+        """The empty prompt, encoded only where guidance asks for it."""
+        if not guidance_scale:
+            return None
+        return PromptBatch.collate(self.encoder.encode([""]), self.device)
 
     def generate(self, prompts: Sequence[str], noise: Tensor, steps: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in -1..1."""
         return self.decoder.decode(self.sample(prompts, noise, steps).latents)
-
-
-def transition_noise(noise: Tensor) -> Tensor:
-    """Fresh noise for the `renoise` transition, a function of each image's own initial noise.
-
-    So that an image depends on its seed alone, whatever batch it is in.
-    """
-    fresh = []
-    for image in noise:
-        bits = image.detach().cpu().float().contiguous().view(torch.int32)
-        seed = int(bits.to(torch.int64).sum().abs().item())
-        generator = torch.Generator().manual_seed(seed)
-        fresh.append(torch.randn(image.shape, generator=generator))
-    return torch.stack(fresh).to(noise.device)

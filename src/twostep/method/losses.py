@@ -31,10 +31,10 @@ def distribution_matching(clean: Tensor, score_clean: Tensor, fake_clean: Tensor
     with torch.no_grad():
         scale = (clean - score_clean).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
         direction = (score_clean - fake_clean) / scale
-    return toward(clean, direction)
+    return pseudo_target(clean, direction)
 
 
-def toward(clean: Tensor, direction: Tensor) -> Tensor:
+def pseudo_target(clean: Tensor, direction: Tensor) -> Tensor:
     """A scalar whose gradient in `clean` is `-direction / clean.numel()`.
 
     Also carries guidance augmentation, whose direction is `cond - uncond` (arXiv 2511.22677).

@@ -1,4 +1,4 @@
-"""All roles on one frozen backbone: each trainable role is a PEFT LoRA on it.
+"""Several LoRA adapters on one network: the steps of a student, or every role of a training run.
 
 PEFT's own `set_adapter` switches `requires_grad` as it goes, which a graph that is still to be
 walked backwards does not survive. Here switching sets nothing but which adapter the layers read;
@@ -8,18 +8,84 @@ recomputation under activation checkpointing runs under the role of its forward 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from twostep.errors import RecipeError
-from twostep.families.zimage import Prediction, PromptBatch, ZImageVelocity
+from twostep.families.family import Prediction, PromptBatch
 from twostep.models.int8 import pack_int8
-from twostep.models.lora_pair import AdapterSwitch
+from twostep.models.student import STEPS
+
+
+class AdapterSwitch:
+    """The LoRA layers of a network, run with one adapter at a time.
+
+    Args:
+        model: has its adapters already; starts with none active.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.active = model, ""
+        self.layers: dict[str, Any] = {
+            key: layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)
+        }
+        self._activate("")
+
+    def _activate(self, name: str) -> None:
+        for layer in self.layers.values():
+            layer._disable_adapters = not name
+            layer._active_adapter = [name] if name else []
+        self.active = name
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Inside, the backbone runs with adapter `name`; with none if it is empty."""
+        before = self.active
+        self._activate(name)
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+
+class AdapterVelocity(nn.Module):
+    """A network that runs with one of its adapters; another may run with another.
+
+    Args:
+        name: the adapter; empty for the network as it is.
+    """
+
+    def __init__(self, switch: AdapterSwitch, name: str) -> None:
+        super().__init__()
+        self.switch, self.name, self.model = switch, name, switch.model
+
+    def forward(
+        self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
+    ) -> Prediction:
+        """As `Velocity`."""
+        with self.switch.role(self.name):
+            prediction: Prediction = self.model(latents, sigma, prompts, taps)
+            return prediction
+
+
+def load_lora_pair(model: Any, folder: Path) -> tuple[AdapterVelocity, AdapterVelocity]:
+    """Both steps of a student of LoRA files, on the one copy of the teacher's weights, `model`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # several adapters are meant
+        for step in STEPS:
+            model.load_lora_adapter(
+                str(folder / f"{step}.safetensors"), prefix="transformer", adapter_name=step
+            )
+    switch = AdapterSwitch(model.eval())
+    return AdapterVelocity(switch, STEPS[0]), AdapterVelocity(switch, STEPS[1])
 
 
 class SharedBackbone(AdapterSwitch):
@@ -40,8 +106,9 @@ class SharedBackbone(AdapterSwitch):
 
     def __init__(
         self,
-        model: ZImageVelocity,
-        names: list[str],
+        model: Any,
+        names: Sequence[str],
+        *,
         rank: int,
         target_modules: str,
         seed: int,
@@ -55,13 +122,13 @@ class SharedBackbone(AdapterSwitch):
                 warnings.simplefilter("ignore", UserWarning)  # several adapters are meant
                 torch.manual_seed(seed + index)
                 try:
-                    inject_adapter_in_model(config, model.transformer, name)
+                    inject_adapter_in_model(config, model, name)
                 except ValueError as error:
                     raise RecipeError(
                         f"student.target_modules: no linear layer matches {target_modules!r}"
                     ) from error
         if int8:
-            pack_int8(model.transformer)
+            pack_int8(model)
         super().__init__(model)
         self.rank, self.original = rank, original
         for name in names:
@@ -85,7 +152,7 @@ class SharedBackbone(AdapterSwitch):
             parts[f"{key}.lora_B"] = layer.lora_B[name]
         return parts
 
-    def checkpoint_activations(self, share: float = 1.0) -> None:
+    def recompute_layers(self, share: float = 1.0) -> None:
         """Recomputes a share of the blocks in the backward pass, each under its own role."""
 
         def run(layer: nn.Module, *inputs: Any) -> Any:
@@ -97,7 +164,7 @@ class SharedBackbone(AdapterSwitch):
 
             return checkpoint(under_its_role, *inputs, use_reentrant=False)
 
-        self.model.enable_gradient_checkpointing(share, run)
+        self.model.recompute_layers(share, run)
 
     @torch.no_grad()
     def merged(self, name: str) -> nn.Module:
@@ -111,30 +178,3 @@ class SharedBackbone(AdapterSwitch):
             weight: Any = transformer.get_submodule(key).weight
             weight += layer.get_delta_weight(name).to(weight)
         return transformer
-
-
-class AdapterRole:
-    """A role on a shared backbone.
-
-    Args:
-        name: the adapter; empty for the frozen backbone alone.
-    """
-
-    def __init__(self, backbone: SharedBackbone, name: str = "") -> None:
-        self.backbone, self.name, self.model = backbone, name, backbone.model
-
-    def __call__(
-        self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
-    ) -> Prediction:
-        with self.backbone.role(self.name):
-            prediction: Prediction = self.model(latents, sigma, prompts, taps)
-            return prediction
-
-    def parameters(self) -> list[nn.Parameter]:
-        return self.backbone.parameters(self.name) if self.name else []
-
-    def trained_module(self) -> nn.Module:
-        return self.backbone.module(self.name)
-
-    def transformer(self) -> nn.Module:
-        return self.backbone.merged(self.name)

@@ -1,378 +1,209 @@
-"""Loading a diffusers folder: velocity fields, prompt encoder, decoder and schedule."""
+"""A model folder, opened once: what it is, where its parts lie, how its noise levels go.
+
+Everything that samples, trains or exports starts here, with a value instead of a name.
+"""
 
 from __future__ import annotations
 
-import json
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ZImageTransformer2DModel
-from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
-from twostep.errors import ModelError
-from twostep.families.zimage import PATCH, ZImageVelocity
-from twostep.models.prompt_store import PromptStore
+from twostep.errors import InputError, ModelError
+from twostep.families import FAMILIES
+from twostep.families.family import Family, LatentSpace
+from twostep.method.schedule import Schedule
+from twostep.models.adapters import load_lora_pair
+from twostep.models.codec import Decoder
+from twostep.models.locate import WEIGHTS, locate
+from twostep.models.offload import place
+from twostep.models.prompt_encoder import PromptEncoder
+from twostep.models.student import PARTS, StudentIndex, read_json
+from twostep.models.transformer import stored_transformer
+from twostep.models.velocity import Velocity
+from twostep.runtime.devices import Placement
 from twostep.runtime.files import folder_fingerprint
 
-ZOO = Path(__file__).parent.parent / "zoo"
-MAX_PIXELS = 2048 * 2048
-_COMPONENTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-# Pickled weights are never fetched, let alone opened.
-_HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
 
+@dataclass(frozen=True)
+class ModelFolder:
+    """A teacher, or a student of two transformers or of two LoRA files.
 
-@cache
-def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
-    """A model of the hub, asked for once in a process."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{name!r} is no local folder, nor could the hub be asked: {error}"
-        ) from error
-
-
-def locate(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
-    """The folder that `name` means: `zoo:NAME`, a local folder, or a hub id.
-
-    Args:
-        patterns: the files that are fetched of a model on the hub.
-
-    Raises:
-        ModelError: if there is no such folder.
-    """
-    if name.startswith("zoo:"):
-        folder = ZOO / name.removeprefix("zoo:")
-        if not folder.is_dir():
-            known = ", ".join(
-                f"zoo:{p.parent.name}" for p in sorted(ZOO.glob("*/model_index.json"))
-            )
-            raise ModelError(f"no model {name!r} in the package; there are: {known}")
-    elif Path(name).is_dir():
-        folder = Path(name)
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = _fetch(name, tuple(patterns))
-    else:
-        raise ModelError(f"no model folder at {name!r}")
-    return folder
-
-
-def resolve(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
-    """`locate`, for a diffusers folder of the Z-Image family.
-
-    Raises:
-        ModelError: if there is no such folder, or parts of it are missing.
-    """
-    folder = locate(name, patterns)
-    missing = [part for part in _COMPONENTS if not (folder / part).exists()]
-    if missing:
-        raise ModelError(f"{folder} is no Z-Image diffusers folder: missing {', '.join(missing)}")
-    return folder
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json` of a diffusers folder."""
-    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return index
-
-
-def read_architecture(folder: Path, part: str = "transformer") -> dict[str, Any]:
-    """The transformer's configuration: what makes two models interchangeable."""
-    config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def read_shift(folder: Path) -> float:
-    """The scheduler's time shift.
-
-    Raises:
-        ModelError: for a scheduler other than flow-match Euler with a static shift.
-    """
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-        raise ModelError(
-            f"{folder}: scheduler is {config.get('_class_name')}, "
-            "expected FlowMatchEulerDiscreteScheduler"
-        )
-    if config.get("use_dynamic_shifting"):
-        raise ModelError(
-            f"{folder}: use_dynamic_shifting is not supported, expected a static shift"
-        )
-    return float(config.get("shift", 1.0))
-
-
-def load_velocity(
-    folder: Path, part: str = "transformer", dtype: torch.dtype = torch.float32
-) -> ZImageVelocity:
-    """The folder's transformer as a velocity field, in evaluation mode, on CPU."""
-    transformer = ZImageTransformer2DModel.from_pretrained(
-        folder, subfolder=part, dtype=dtype, use_safetensors=True
-    )
-    return ZImageVelocity(transformer).eval()
-
-
-def unloaded_transformer(folder: Path, part: str, dtype: torch.dtype) -> ZImageTransformer2DModel:
-    """The folder's transformer as its configuration describes it; its weights mean nothing.
-
-    For use on the meta device, where tensors have no memory yet.
-    """
-    config = ZImageTransformer2DModel.load_config(folder, subfolder=part)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return ZImageTransformer2DModel.from_config(config)
-    finally:
-        torch.set_default_dtype(default)
-
-
-def transformer_with(like: Any, weights: Mapping[str, Tensor]) -> Any:
-    """A transformer of the same configuration that holds `weights`, which are not copied."""
-    with torch.device("meta"):
-        shell = type(like).from_config(like.config)
-    shell.load_state_dict(weights, assign=True)
-    return shell
-
-
-class PromptEncoder:
-    """Prompts to embeddings, as `ZImagePipeline.encode_prompt` makes them.
-
-    Padding is trimmed before the encoder runs; the encoder is causal and padding is on the right,
-    so that real tokens are the same. The last `cache_size` prompts are remembered.
-
-    Args:
-        text_encoder: the model, or what loads it, when the first prompt comes that is not known.
-        store: keeps embeddings on disk, too.
+    Attributes:
+        name: as the user gave it: a folder, `zoo:NAME` or a hub id.
+        path: the folder itself.
+        base: the diffusers folder of everything but LoRA files; for most, `path`.
+        family: what knows its network.
+        student: what it says of its two steps; None for a teacher.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        text_encoder: Any,
-        cache_size: int = 4096,
-        store: PromptStore | None = None,
-    ) -> None:
-        self.tokenizer, self.cache_size, self.store = tokenizer, cache_size, store
-        is_model = isinstance(text_encoder, nn.Module)
-        self._model = text_encoder if is_model else None
-        self._load: Callable[[], Any] | None = None if is_model else text_encoder
-        self._device: torch.device | str | None = None
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+    name: str
+    path: Path
+    base: Path
+    family: Family
+    student: StudentIndex | None
 
     @staticmethod
-    def load(
-        folder: Path,
-        dtype: torch.dtype = torch.float32,
+    def open(name: str | Path, patterns: Sequence[str] = WEIGHTS) -> ModelFolder:
+        """Reads what the folder says of itself; loads no weights.
+
+        Args:
+            patterns: the files that are fetched of a model on the hub.
+
+        Raises:
+            ModelError: if there is no such folder, parts of it are missing, or no family knows it.
+        """
+        name = str(name)
+        path = locate(name, patterns)
+        student = StudentIndex.read(path)
+        pair = student is not None and student.teacher is not None
+        base = locate(student.teacher, patterns) if pair and student and student.teacher else path
+        return ModelFolder(name, path, base, _family(base), student)
+
+    @property
+    def kind(self) -> Literal["teacher", "student", "lora_pair"]:
+        """A LoRA pair is a student, too."""
+        return "teacher" if self.student is None else self.student.kind
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration of `transformer`, `vae`, `text_encoder` or `scheduler`."""
+        names = {"scheduler": "scheduler_config.json"}
+        return read_json(self.base / part / names.get(part, "config.json"))
+
+    @cached_property
+    def architecture(self) -> dict[str, Any]:
+        """The transformer's configuration: what makes two models interchangeable."""
+        config = self.config("transformer")
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+
+    @cached_property
+    def space(self) -> LatentSpace:
+        """Where its images live."""
+        scale = 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
+        return self.family.latent_space(self.architecture, scale)
+
+    def schedule(self, size: tuple[int, int] | None = None) -> Schedule:
+        """Its noise levels for pictures of `size` (height, width); a teacher's own two-step ones.
+
+        Raises:
+            ModelError: for a scheduler that the family does not know.
+        """
+        try:
+            shift = self.family.shift(self.config("scheduler"), size)
+        except ValueError as error:
+            raise ModelError(f"{self.base}: {error}") from error
+        if self.student is None:
+            return Schedule.of(shift)
+        return Schedule(shift, self.student.step2_sigma, self.student.transition)
+
+    def count_steps(self, steps: int | None) -> int:
+        """How many steps it takes when asked for `steps`.
+
+        Raises:
+            InputError: if it is a student and asked for another number than 2.
+        """
+        if self.student is None:
+            return steps or 8
+        if steps not in (None, 2):
+            raise InputError(f"steps: {self.name} is a two-step student, got {steps}")
+        return 2
+
+    def latent_shape(self, size: tuple[int, int], *, option: str = "size") -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a (height, width) picture.
+
+        Raises:
+            InputError: naming `option`, for a size that the model does not take.
+        """
+        try:
+            return self.space.shape(*size)
+        except ValueError as error:
+            raise InputError(f"{option}: {error}") from error
+
+    def check_student(self, option: str) -> StudentIndex:
+        """What it says of its two steps.
+
+        Raises:
+            InputError: naming `option`, if it is a teacher.
+        """
+        if self.student is None:
+            raise InputError(f"{option}: {self.name} is no two-step student")
+        return self.student
+
+    def check_full_student(self, option: str) -> None:
+        """Raises InputError, naming `option`, if it is not a student of two transformers."""
+        if self.check_student(option).kind != "student":
+            raise InputError(
+                f"{option}: {self.name} is two LoRA files, expected a student of two transformers"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with its weights, configurations or templates."""
+        if self.path == self.base:
+            return folder_fingerprint(self.path)
+        both = folder_fingerprint(self.path) + folder_fingerprint(self.base)
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The transformers that lie in the folder, in the order of the steps."""
+        return PARTS if self.kind == "student" else PARTS[:1]
+
+    def velocities(self, placement: Placement) -> tuple[Velocity, ...]:
+        """Its steps, one for a teacher and two for a student, on their device."""
+        if self.kind == "lora_pair":
+            model = self.family.load(self.base, "transformer", placement.dtype)
+            steps: tuple[Velocity, ...] = load_lora_pair(model, self.path)
+            place([model], placement)
+            return steps
+        models = [self.family.load(self.base, part, placement.dtype) for part in self.parts]
+        place(models, placement)
+        return tuple(models)
+
+    def stored_transformer(self, part: str) -> Any:
+        """A transformer as diffusers has it, in the dtype that it is stored in."""
+        return stored_transformer(self.base, part, self.family.transformer)
+
+    def encoder(
+        self,
+        placement: Placement,
+        *,
         cache_size: int = 4096,
         prompt_cache: Path | None = None,
     ) -> PromptEncoder:
-        """A model folder's; its weights are read when they are needed.
+        """Its prompt encoder; weights are read when they are needed."""
+        encoder = PromptEncoder.load(self.base, placement.dtype, cache_size, prompt_cache)
+        return encoder.to(placement.device)
 
-        Args:
-            prompt_cache: a folder in which embeddings outlive the process.
-        """
-
-        def load() -> Any:
-            return AutoModel.from_pretrained(
-                folder / "text_encoder", dtype=dtype, use_safetensors=True
-            ).eval()
-
-        store = None
-        if prompt_cache is not None:
-            parts = (folder_fingerprint(folder / p) for p in ("text_encoder", "tokenizer"))
-            store = PromptStore(prompt_cache, "-".join([*parts, str(dtype)]))
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        return PromptEncoder(tokenizer, load, cache_size, store)
-
-    @property
-    def text_encoder(self) -> Any:
-        if self._model is None:
-            assert self._load is not None
-            self._model = self._load()
-            if self._device is not None:
-                self._model.to(self._device)
-        return self._model
-
-    def to(self, device: torch.device | str) -> PromptEncoder:
-        self._device = device
-        if self._model is not None:
-            self._model.to(device)
-        self.forget()
-        return self
-
-    def release(self) -> None:
-        """Gives the text encoder's memory back; it is loaded anew for the next unknown prompt."""
-        if self._load is not None:
-            self._model = None
-
-    def forget(self) -> None:
-        """Empties the memory of encoded prompts."""
-        self._cache.clear()
-
-    @torch.no_grad()
-    def encode(
-        self, prompts: Sequence[str], batch_size: int = 64, max_length: int = 512
-    ) -> list[Tensor]:
-        """One (tokens, D) tensor per prompt, fp32; `prompts` is not changed."""
-        wanted = [p for p in dict.fromkeys(prompts) if p not in self._cache]
-        fresh: dict[str, Tensor] = {}
-        if self.store is not None:
-            fresh = self.store.read(wanted)
-            wanted = [p for p in wanted if p not in fresh]
-        for start in range(0, len(wanted), batch_size):
-            part = wanted[start : start + batch_size]
-            encoded = dict(zip(part, self._encode(part, max_length), strict=True))
-            if self.store is not None:
-                self.store.write(encoded)
-            fresh.update(encoded)
-        embeds = [fresh[p] if p in fresh else self._cache[p] for p in prompts]
-        self._cache.update(fresh)
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
-        return embeds
-
-    def _encode(self, prompts: list[str], max_length: int) -> list[Tensor]:
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=True,
-            )
-            for prompt in prompts
-        ]
-        batch = self.tokenizer(
-            texts, padding=True, max_length=max_length, truncation=True, return_tensors="pt"
-        ).to(self.text_encoder.device)
-        hidden = self.text_encoder(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            output_hidden_states=True,
-        ).hidden_states[-2]
-        lengths = batch.attention_mask.sum(1).tolist()
-        return [h[:n].float() for h, n in zip(hidden, lengths, strict=True)]
+    def decoder(self, placement: Placement, tiny: str | None = None) -> Decoder:
+        """Its VAE, or the `AutoencoderTiny` that `tiny` names in its place."""
+        decoder = Decoder.load(self.base, placement.dtype)
+        if tiny is not None:
+            decoder = Decoder.load_tiny(tiny, decoder, placement.dtype)
+        # Convolutions are faster so, on a CPU too.
+        decoder.vae.to(placement.device, memory_format=torch.channels_last)
+        return decoder
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Latents to images through the folder's VAE, or a tiny one made for the same latents."""
-
-    vae: Any
-
-    @staticmethod
-    def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-        vae = AutoencoderKL.from_pretrained(
-            folder, subfolder="vae", dtype=dtype, use_safetensors=True
+def _family(base: Path) -> Family:
+    """The family of a diffusers folder."""
+    config = base / "transformer" / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{base} is no diffusers folder: missing transformer")
+    name = read_json(config).get("_class_name")
+    if name not in FAMILIES:
+        raise ModelError(
+            f"{base}: transformer is {name}, expected one of {', '.join(sorted(FAMILIES))}"
         )
-        return Decoder(vae.eval())
-
-    @staticmethod
-    def load_tiny(name: str, like: Decoder, dtype: torch.dtype = torch.float32) -> Decoder:
-        """An `AutoencoderTiny`: a folder, `zoo:NAME` or a hub id (`madebyollin/taef1` for Z-Image).
-
-        Args:
-            like: whose latents it must read.
-
-        Raises:
-            ModelError: if there is none, or it is made for other latents.
-        """
-        folder = locate(name, ("*.json", "*.safetensors"))
-        config = folder / "config.json"
-        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if found.get("_class_name") != "AutoencoderTiny":
-            raise ModelError(
-                f"decoder: {name} must hold an AutoencoderTiny, "
-                f"its config.json says {found.get('_class_name')}"
-            )
-        tiny = Decoder(AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True))
-        shapes = [(d.vae.config.latent_channels, d.scale) for d in (tiny, like)]
-        if shapes[0] != shapes[1]:
-            raise ModelError(
-                f"decoder: {name} reads latents of {shapes[0][0]} channels at 1/{shapes[0][1]}, "
-                f"the model's have {shapes[1][0]} at 1/{shapes[1][1]}"
-            )
-        tiny.vae.eval()
-        return tiny
-
-    @property
-    def scale(self) -> int:
-        """Pixels per latent, along each side."""
-        config = self.vae.config
-        stages = getattr(config, "block_out_channels", None) or config.decoder_block_out_channels
-        return int(2 ** (len(stages) - 1))
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
-        """(B, C, H, W) latents to (B, 3, scale * H, scale * W) images in -1..1, fp32."""
-        config = self.vae.config
-        images = []
-        for part in latents.split(batch_size):
-            part = part.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-            images.append(self.vae.decode(part, return_dict=False)[0].float().clamp(-1, 1))
-        return torch.cat(images).contiguous()
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
-        """Inverse of `decode`, the posterior's mode; fp32."""
-        config = self.vae.config
-        latents = []
-        for part in images.split(batch_size):
-            code = self.vae.encode(part.to(self.vae.dtype)).latent_dist.mode()
-            latents.append(((code - config.shift_factor) * config.scaling_factor).float())
-        return torch.cat(latents)
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """Where a model's images live.
-
-    Attributes:
-        channels: of a latent.
-        scale: pixels per latent, along each side.
-        positions: the most image tokens, in rows and columns, that the model tells apart.
-    """
-
-    channels: int
-    scale: int
-    positions: tuple[int, int]
-
-    @staticmethod
-    def of(transformer: Mapping[str, Any], scale: int) -> LatentSpace:
-        """From the transformer's configuration."""
-        _, rows, columns = transformer["axes_lens"]
-        return LatentSpace(int(transformer["in_channels"]), scale, (int(rows), int(columns)))
-
-    @staticmethod
-    def of_folder(folder: Path) -> LatentSpace:
-        """Of a model folder; loads no weights."""
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        return LatentSpace.of(read_architecture(folder), scale)
-
-    def shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a `height` x `width` image.
-
-        Raises:
-            ValueError: if a side is not a positive multiple of twice the VAE's scale or longer than
-                the model has positions for, or the image has more than `MAX_PIXELS`.
-        """
-        multiple = PATCH * self.scale
-        if height * width > MAX_PIXELS:
-            raise ValueError(f"at most {MAX_PIXELS} pixels, {width}x{height} has {height * width}")
-        sides = zip(("height", "width"), (height, width), self.positions, strict=True)
-        for name, value, positions in sides:
-            if value < multiple or value % multiple:
-                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
-            if value > positions * multiple:
-                raise ValueError(
-                    f"{name} must be at most {positions * multiple} for this model, got {value}"
-                )
-        return self.channels, height // self.scale, width // self.scale
+    family = FAMILIES[name]
+    missing = [p for p in ("model_index.json", *family.parts) if not (base / p).exists()]
+    if missing:
+        raise ModelError(
+            f"{base} is no diffusers folder of its family: missing {', '.join(missing)}"
+        )
+    return family

@@ -1,44 +1,19 @@
-"""Ways to hold a model's weights in less memory than they take as they are."""
+"""Frozen weights in 8 bits."""
 
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Memory = Literal["plain", "int8", "offload"]
-MODES: tuple[Memory, ...] = get_args(Memory)
 # Linear layers that stay as they are, by whole name: small ones, through which everything goes.
 # benchmarks/memory.py measures what each kind costs (docs/inference.md).
 KEPT = re.compile(
     r".*(t_embedder|cap_embedder|all_x_embedder|all_final_layer|adaLN_modulation|lora_[AB]).*"
 )
-
-
-def hold(fields: Sequence[Any], memory: Memory, device: torch.device) -> None:
-    """Brings velocity fields to `device` in the way that `memory` names.
-
-    Args:
-        fields: a model's steps; they may share a transformer, as LoRA steps do.
-    """
-    transformers = {id(t): t for t in (transformer_of(field) for field in fields)}.values()
-    for transformer in transformers:
-        if memory == "offload":
-            offload(transformer, device)
-            continue
-        if memory == "int8":
-            pack_int8(transformer)
-        transformer.to(device)
-
-
-def transformer_of(field: Any) -> nn.Module:
-    """The diffusers model behind a velocity field."""
-    transformer: nn.Module = getattr(field, "model", field).transformer
-    return transformer
 
 
 def is_packed(name: str, module: nn.Module) -> bool:
@@ -111,47 +86,3 @@ def pack_int8(transformer: nn.Module, chosen: Callable[[str, nn.Module], bool] =
     for name, module in list(transformer.named_modules()):
         if isinstance(module, nn.Linear) and chosen(name, module):
             transformer.set_submodule(name, Int8Linear(module))
-
-
-def offload(transformer: nn.Module, device: torch.device) -> None:
-    """Weights wait in CPU memory and come to `device` layer by layer, the next ones ahead of time.
-
-    On a CPU they wait on disk instead, in a temporary folder.
-    """
-    from diffusers.hooks import apply_group_offloading
-
-    options: dict[str, Any] = {}
-    if device.type == "cuda":
-        options = {"use_stream": True, "non_blocking": True, "low_cpu_mem_usage": True}
-    else:
-        folder = tempfile.TemporaryDirectory(prefix="twostep-weights-")
-        options = {"offload_to_disk_path": folder.name}
-        # The folder lives as long as the weights that wait in it.
-        transformer._offloaded_to = folder  # type: ignore[assignment]
-    own = [(p, p.detach().clone()) for p in transformer.parameters(recurse=False)]
-    apply_group_offloading(
-        transformer,
-        onload_device=device,
-        offload_device=torch.device("cpu"),
-        offload_type="leaf_level",
-        **options,
-    )
-    # Tokens that belong to no layer: diffusers would bring them with a forward that is not called.
-    for parameter, value in own:
-        parameter.data = value.to(device)
-
-
-def wake(transformer: nn.Module) -> None:
-    """Runs what accelerate and diffusers hang on a model's forward to bring its weights in.
-
-    The velocity field calls the model's parts and not its forward, so that a pipeline's
-    `enable_model_cpu_offload`, `enable_sequential_cpu_offload` and `enable_group_offload` would
-    pass it by.
-    """
-    hook = getattr(transformer, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(transformer)
-    registry = getattr(transformer, "_diffusers_hook", None)
-    if registry is not None:
-        for found in registry.hooks.values():
-            found.pre_forward(transformer)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,24 +11,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 
-from twostep.families.zimage import PromptBatch, ZImageVelocity
-from twostep.inference.sampler import Field, bind
-from twostep.method.flow import sigma_schedule
-from twostep.method.rollout import TwoStep, two_step
-from twostep.models.adapters import SharedBackbone
-from twostep.models.folder import (
-    Decoder,
-    LatentSpace,
-    read_architecture,
-    read_shift,
-)
-from twostep.models.int8 import Memory, pack_int8, transformer_of
-from twostep.models.lora_pair import STEPS, AdapterField
-from twostep.planning.weightless import load_nothing, make_fake, shape_folder
-from twostep.recipe.schema import (
-    Student,
-)
-from twostep.runtime.memory_meter import held_bytes, live_bytes
+from twostep.families.family import PromptBatch
+from twostep.method.rollout import two_step
+from twostep.models.adapters import AdapterVelocity, SharedBackbone
+from twostep.models.codec import Decoder
+from twostep.models.int8 import pack_int8
+from twostep.models.student import STEPS
+from twostep.models.velocity import Velocity, bind
+from twostep.planning.weightless import load_weightless, make_fake, open_weightless
+from twostep.recipe.schema import Student
+from twostep.runtime.devices import Memory
+from twostep.runtime.memory_meter import live_bytes, weight_bytes
 
 Steps = Literal["two_sets", "lora"]
 
@@ -84,58 +75,62 @@ def generation_needs(
         ModelError: if there is no such model.
         ValueError: for a size that it does not take.
     """
-    folder = shape_folder(model)
-    shape = (batch_size, *LatentSpace.of_folder(folder).shape(*size))
-    width = int(read_architecture(folder)["cap_feat_dim"])
+    folder = open_weightless(model)
+    shape = (batch_size, *folder.space.shape(*size))
+    width = folder.family.caption_width(folder.architecture)
     # On the meta device first: what fake tensors begin as stays on its device.
-    shapes = [load_nothing(folder, "transformer", dtype) for _ in range(1 + (steps == "two_sets"))]
+    networks = [
+        load_weightless(folder, "transformer", dtype) for _ in range(1 + (steps == "two_sets"))
+    ]
     with torch.device("meta"):
-        fields = _steps(shapes, rank)
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae")).eval()
+        first, second = _steps(networks, rank)
+        vae = AutoencoderKL.from_config(
+            AutoencoderKL.load_config(folder.base, subfolder="vae")
+        ).eval()
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        for field in shapes:
-            make_fake(field, dtype)
+        for network in networks:
+            make_fake(network, dtype)
             if memory == "int8":
-                pack_int8(field.transformer)
-        held = held_bytes(*(transformer_of(field) for field in fields))
+                pack_int8(network)
+        held = weight_bytes(*networks)
         if memory == "offload":
-            held = _largest_neighbours(transformer_of(fields[0]))
+            held = _largest_neighbours(networks[0])
         prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * batch_size)
-        schedule = TwoStep(sigma_schedule(2, read_shift(folder))[1])
         noise = torch.randn(shape)
         with live_bytes() as rolling:
-            two_step(bind(fields[0], prompts), bind(fields[1], prompts), noise, schedule)
+            two_step(bind(first, prompts), bind(second, prompts), noise, folder.schedule())
         make_fake(vae, dtype)
         decoder = Decoder(vae)
         with live_bytes() as decoding:
             decoder.decode(noise)
         return GenerationNeeds(
-            _text_encoder_bytes(folder, dtype),
+            _text_encoder_bytes(folder.config("text_encoder"), dtype),
             held,
-            held_bytes(decoder.vae),
+            weight_bytes(decoder.vae),
             rolling.peak,
             decoding.peak,
         )
 
 
-def _steps(shapes: list[ZImageVelocity], rank: int) -> tuple[Field, Field]:
-    """Both steps; of a single model, by two adapters on it."""
-    if len(shapes) > 1:
-        return shapes[0], shapes[1]
-    backbone = SharedBackbone(shapes[0], list(STEPS), rank, Student().target_modules, 0)
-    return AdapterField(backbone, STEPS[0]), AdapterField(backbone, STEPS[1])
+def _steps(networks: list[Any], rank: int) -> tuple[Velocity, Velocity]:
+    """Both steps; of a single network, by two adapters on it."""
+    if len(networks) > 1:
+        return networks[0], networks[1]
+    backbone = SharedBackbone(
+        networks[0], STEPS, rank=rank, target_modules=Student().target_modules, seed=0
+    )
+    return AdapterVelocity(backbone, STEPS[0]), AdapterVelocity(backbone, STEPS[1])
 
 
 def _largest_neighbours(transformer: nn.Module) -> int:
     """With offloading: a layer as it runs, and the next one on its way."""
-    layers = [held_bytes(m) for m in transformer.modules() if not any(True for _ in m.children())]
+    layers = [weight_bytes(m) for m in transformer.modules() if not any(True for _ in m.children())]
     return sum(sorted(layers)[-2:]) + sum(
         p.numel() * p.element_size() for p in transformer.parameters(recurse=False)
     )
 
 
-def _text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
-    values = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+def _text_encoder_bytes(values: dict[str, Any], dtype: torch.dtype) -> int:
     config = AutoConfig.for_model(**values)
     with torch.device("meta"):
-        return held_bytes(AutoModel.from_config(config)) // 4 * dtype.itemsize
+        return weight_bytes(AutoModel.from_config(config)) // 4 * dtype.itemsize

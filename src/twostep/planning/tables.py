@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from twostep.planning.training import Plan
+from twostep.planning.training import TrainingPlan
 
 
-def tables(found: Plan) -> Iterator[Table | str]:
+def tables(found: TrainingPlan) -> Iterator[Table | str]:
     """What a person wants to see of a plan."""
     roles = Table(title=f"Memory of each of {found.processes} processes, GiB", title_justify="left")
     for column in ("role", "parameters", "weights", "gradients", "optimizer", "average", "total"):

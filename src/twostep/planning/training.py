@@ -16,27 +16,25 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from twostep.data.cache.spec import recipe_schedule
+from twostep.distill.batches import divide_batch
+from twostep.distill.objectives.batch import Batch, Turn
+from twostep.distill.objectives.build import build_roles
 from twostep.distill.objectives.draws import Draws
-from twostep.distill.objectives.roles import Roles, build_roles
-from twostep.distill.objectives.turns import Batch, CriticTurn, ScoreTurn, StudentTurn, Turn
+from twostep.distill.objectives.roles import Roles
+from twostep.distill.objectives.turns import Objectives
 from twostep.distill.optimizers import state_numbers
-from twostep.method.flow import sigma_schedule
-from twostep.method.rollout import TwoStep
-from twostep.models.folder import (
-    read_shift,
-)
 from twostep.planning.weightless import (
     CPU,
     cache_bytes,
-    load_nothing,
+    load_weightless,
     make_fake,
+    open_weightless,
     random_batch,
-    shape_folder,
 )
 from twostep.recipe.schema import (
     Recipe,
 )
-from twostep.runtime.distributed import divide_batch
 from twostep.runtime.memory_meter import gradients_dropped, live_bytes
 
 # The CUDA context, cuBLAS workspaces and what the allocator cannot reuse.
@@ -81,7 +79,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Plan(Needs):
+class TrainingPlan(Needs):
     """Needs against what there is.
 
     Attributes:
@@ -109,7 +107,7 @@ def plan(
     memory_gib: float = 80.0,
     prompt_tokens: int = 128,
     tflops: float | None = None,
-) -> Plan:
+) -> TrainingPlan:
     """Works out what `recipe` needs.
 
     Args:
@@ -130,7 +128,7 @@ def plan(
     advice: list[str] = []
     if needs.peak > memory:
         advice.extend(_advice(recipe, processes, prompt_tokens, memory))
-    return Plan(
+    return TrainingPlan(
         **vars(needs),
         processes=processes,
         memory=memory,
@@ -141,18 +139,19 @@ def plan(
 
 def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     """Builds the roles without weights and runs their turns."""
-    folder = shape_folder(recipe.teacher.model)
+    folder = open_weightless(recipe.teacher.model)
     # Counted as it is written: a compiler would only see fake tensors.
     settings = recipe.training.model_copy(update={"compile": False})
-    _, rows = divide_batch(settings.batch_size, processes, settings.micro_batch)
-    teacher = recipe.teacher.model_copy(update={"model": str(folder)})
-    changes: dict[str, Any] = {"teacher": teacher, "training": settings}
+    _, rows = divide_batch(
+        settings.batch_size, processes=processes, micro_batch=settings.micro_batch
+    )
+    changes: dict[str, Any] = {"training": settings}
     if recipe.score.model is not None:
-        score = str(shape_folder(recipe.score.model))
+        score = str(open_weightless(recipe.score.model).path)
         changes["score"] = recipe.score.model_copy(update={"model": score})
     recipe = recipe.model_copy(update=changes)
     with torch.device("meta"):
-        roles = build_roles(recipe, CPU, load_nothing)
+        roles = build_roles(recipe, folder, device=CPU, load=load_weightless)
     shards = 1
     if recipe.distributed.sharding == "shard":
         shards = recipe.distributed.shard_size or processes
@@ -162,20 +161,18 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
         gathered_dtype = torch.bfloat16 if shards > 1 and settings.autocast else None
         for role in roles.by_name().values():
             make_fake(role.model, gathered_dtype)
-        make_fake(roles.critic)
-        shift = recipe.shift or read_shift(folder)
-        step2_sigma = recipe.step2_sigma or sigma_schedule(2, shift)[1]
-        student = StudentTurn(recipe, roles, TwoStep(step2_sigma, recipe.student.transition), shift)
-        batch = random_batch(recipe, folder, rows, prompt_tokens)
+        make_fake(roles.critic.heads)
+        objectives = Objectives.build(recipe, roles, recipe_schedule(recipe, folder))
+        batch = random_batch(recipe, folder, rows=rows, prompt_tokens=prompt_tokens)
         turns: dict[str, Callable[[Batch, Draws], Turn]] = {
-            "warm-up": student.warmup,
-            "student": student,
-            "critic": CriticTurn(recipe, roles, student),
+            "warm-up": objectives.student.warmup,
+            "student": objectives.student,
+            "critic": objectives.critic,
         }
         if not recipe.losses.warmup_turns:
             del turns["warm-up"]
         if recipe.score.fit_turns:
-            turns["score"] = ScoreTurn(recipe, roles, shift)
+            turns["score"] = objectives.score
         runs = {name: _run(turn, roles, batch, recipe) for name, turn in turns.items()}
     gathered = _gathered_bytes(roles) if shards > 1 else 0
     activations = {name: found.peak + gathered for name, found in runs.items()}
@@ -215,7 +212,7 @@ def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
         averaged = name in ("first", "second")
         optimizer = recipe.training.optimizer
         result.append(_role_plan(name, own, trained, averaged, shards, optimizer))
-    critic = list(roles.critic.parameters())
+    critic = list(roles.critic.heads.parameters())
     learnt = {id(p) for p in critic}
     result.append(_role_plan("critic", critic, learnt, False, 1, recipe.training.optimizer))
     return result
@@ -243,7 +240,7 @@ def _role_plan(
 
 def _gathered_bytes(roles: Roles) -> int:
     """With sharded weights: a block as it runs and the next, whole, and its gradients."""
-    blocks = roles.teacher.model.transformer.layers
+    blocks = roles.teacher.model.layers
     return max(sum(p.numel() for p in block.parameters()) for block in blocks) * (2 * 2 + 4)
 
 
@@ -266,7 +263,7 @@ def _run(
     with gradients_dropped(parameters), live_bytes() as live:
         autocast = recipe.training.autocast
         with torch.autocast("cpu", torch.bfloat16, autocast):
-            found = turn(batch, Draws(0, 0, "student", CPU))
+            found = turn(batch, Draws(0, 0, "student", device=CPU))
         if found.terms:
             found.loss.backward()
     return _Found(live.peak, live.operations)

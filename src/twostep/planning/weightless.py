@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from twostep.distill.objectives.turns import Batch
-from twostep.families.zimage import PromptBatch, ZImageVelocity
-from twostep.models.folder import (
-    LatentSpace,
-    read_architecture,
-    resolve,
-    unloaded_transformer,
-)
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.distill.objectives.batch import Batch
+from twostep.families.family import PromptBatch
+from twostep.models.folder import ModelFolder
+from twostep.models.locate import CONFIGURATIONS as CONFIGURATION_FILES
+from twostep.recipe.schema import Recipe
 
 CONFIGURATIONS = Path(__file__).parent / "configurations"
 # Models whose shape is known without asking the hub.
@@ -27,22 +22,21 @@ _KNOWN = {"Tongyi-MAI/Z-Image-Turbo": "z-image-turbo", "Tongyi-MAI/Z-Image": "z-
 CPU = torch.device("cpu")
 
 
-def shape_folder(model: str) -> Path:
+def open_weightless(model: str) -> ModelFolder:
     """A folder with at least the configurations of `model`; weights are not fetched.
 
     Raises:
         ModelError: if there is none, here or on the hub.
     """
-    if model in _KNOWN:
-        return CONFIGURATIONS / _KNOWN[model]
-    return resolve(model, patterns=("*.json",))
+    known = _KNOWN.get(model)
+    if known is not None:
+        return ModelFolder.open(CONFIGURATIONS / known)
+    return ModelFolder.open(model, CONFIGURATION_FILES)
 
 
-def load_nothing(folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
-    """The folder's transformer on the meta device."""
-    with torch.device("meta"):
-        transformer = unloaded_transformer(folder, part, dtype)
-    return ZImageVelocity(transformer).eval()
+def load_weightless(folder: ModelFolder, part: str, dtype: torch.dtype) -> Any:
+    """The folder's network on the meta device."""
+    return folder.family.without_weights(folder.base, part, dtype)
 
 
 def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -63,26 +57,29 @@ def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 def random_batch(
     recipe: Recipe,
-    folder: Path,
+    folder: ModelFolder,
+    *,
     rows: int,
     prompt_tokens: int,
     device: torch.device = CPU,
 ) -> Batch:
     """A batch of noise in the shape that the turns on the recipe's largest size have."""
     height, width = max(recipe.data.sizes, key=math.prod)
-    shape = (rows, *LatentSpace.of_folder(folder).shape(height, width))
-    features = int(read_architecture(folder)["cap_feat_dim"])
+    shape = (rows, *folder.space.shape(height, width))
+    features = folder.family.caption_width(folder.architecture)
     prompts = PromptBatch.collate([torch.randn(prompt_tokens, features)] * rows, device)
     latents = torch.randn(shape, device=device)
-    return Batch(latents, latents, latents, latents, prompts, prompts, prompts)
+    return Batch(
+        noise=latents, latents=latents, trajectory=latents, reals=latents,
+        real_prompts=prompts, prompts=prompts, empty=prompts,
+    )  # fmt: skip
 
 
-def cache_bytes(recipe: Recipe, folder: Path, prompt_tokens: int) -> int:
+def cache_bytes(recipe: Recipe, folder: ModelFolder, prompt_tokens: int) -> int:
     """Bytes of the teacher's cache on disk."""
-    space = LatentSpace.of_folder(folder)
     sizes = recipe.data.sizes
-    latents = sum(math.prod(space.shape(*size)) for size in sizes) // len(sizes)
-    features = int(read_architecture(folder)["cap_feat_dim"])
+    latents = sum(math.prod(folder.space.shape(*size)) for size in sizes) // len(sizes)
+    features = folder.family.caption_width(folder.architecture)
     prompts = recipe.data.prompt_count
     # Latents at the end and, where the student's second level is the teacher's, on the way.
     return 4 * prompts * (2 * latents * recipe.data.samples_per_prompt + prompt_tokens * features)

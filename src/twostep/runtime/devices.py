@@ -1,16 +1,36 @@
-"""Which device a recipe runs on, and what is compiled for it."""
+"""Where a model computes, in which type, and how its weights are held there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.errors import RecipeError
+
+# Of the transformers' weights: as they are, in 8 bits, or brought in a layer at a time.
+Memory = Literal["plain", "int8", "offload"]
+MODES: tuple[Memory, ...] = get_args(Memory)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device, type of weights and activations, and how the transformers' weights are held."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    memory: Memory = "plain"
+
+    @staticmethod
+    def on(device: torch.device | str, memory: Memory = "plain") -> Placement:
+        """In bf16 on an accelerator, in fp32 on a CPU, which computes bf16 no faster."""
+        device = torch.device(device)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return Placement(device, dtype, memory)
 
 
 def pick_device(name: str) -> torch.device:
@@ -24,29 +44,6 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise RecipeError("training.device: cuda was asked for, but torch sees no CUDA device")
     return torch.device(name)
-
-
-def allow_graphs() -> None:
-    """Lets `torch.compile` keep as many graphs of one piece of code as a run has uses for it.
-
-    Roles share their code: with and without gradient, with and without taps, in the batch sizes of
-    training and validation. Each is a graph of its own, of fixed shapes.
-    """
-    import torch._dynamo as dynamo  # slow, and few need it
-
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
-
-
-def compile_blocks(transformer: nn.Module) -> None:
-    """Compiles a Z-Image transformer block by block: one piece of code for every layer.
-
-    A block's forward alone, not its call: FSDP2 puts weights together in hooks, which no graph
-    may hold.
-    """
-    allow_graphs()
-    parts = ("layers", "noise_refiner", "context_refiner")
-    for block in chain.from_iterable(transformer.get_submodule(p).children() for p in parts):
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twostep.errors import RecipeError
 from twostep.runtime.processes import rank_and_world
 
 
@@ -37,16 +36,6 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
-
-    def rows(self, batch_size: int, micro_batch: int | None) -> list[slice]:
-        """This process's rows of a batch, as equal micro-batches.
-
-        Raises:
-            RecipeError: if the batch cannot be divided so.
-        """
-        own, size = divide_batch(batch_size, self.size, micro_batch)
-        first = self.rank * own
-        return [slice(i, i + size) for i in range(first, first + own, size)]
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each scalar's mean over the processes."""
@@ -112,26 +101,6 @@ class World:
             dist.destroy_process_group()
 
 
-def divide_batch(batch_size: int, processes: int, micro_batch: int | None) -> tuple[int, int]:
-    """The samples of each process, and of each of its micro-batches.
-
-    Raises:
-        RecipeError: if the batch cannot be divided so.
-    """
-    own, rest = divmod(batch_size, processes)
-    if rest or not own:
-        raise RecipeError(
-            f"training.batch_size: {batch_size} cannot be divided among {processes} processes"
-        )
-    size = min(micro_batch or own, own)
-    if own % size:
-        raise RecipeError(
-            f"training.micro_batch: {micro_batch} does not divide the {own} samples of each "
-            f"process (training.batch_size {batch_size}, {processes} processes)"
-        )
-    return own, size
-
-
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, on every process; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

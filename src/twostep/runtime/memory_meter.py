@@ -84,7 +84,7 @@ def live_bytes() -> Iterator[LiveBytes]:
         gc.unfreeze()
 
 
-def held_bytes(*modules: nn.Module) -> int:
+def weight_bytes(*modules: nn.Module) -> int:
     """Bytes of the modules' parameters and buffers, shared ones once."""
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())

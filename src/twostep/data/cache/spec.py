@@ -12,17 +12,12 @@ import numpy as np
 
 from twostep.data.prompts import load_prompts
 from twostep.errors import RecipeError
-from twostep.method.flow import sigma_schedule
-from twostep.models.folder import (
-    LatentSpace,
-    read_shift,
-    resolve,
-)
+from twostep.method.schedule import Schedule
+from twostep.models.folder import ModelFolder
 from twostep.recipe.schema import (
     Recipe,
     Size,
 )
-from twostep.runtime.files import folder_fingerprint
 
 VERSION = 1
 
@@ -46,21 +41,23 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CacheSpec:
     """A cache's contents.
 
     Attributes:
+        folder: of the cache.
+        schedule: the recipe's noise levels.
+        steps, guidance_scale: the teacher's.
         prompts: the first size's, then the second's, and so on: prompt i of the recipe's is drawn
             in size i modulo the number of sizes.
         sizes: (height, width) in pixels.
     """
 
     folder: Path
-    teacher: Path
-    shift: float
+    teacher: ModelFolder
+    schedule: Schedule
     steps: int
     guidance_scale: float
-    step2_sigma: float
     prompts: list[str]
     sizes: tuple[Size, ...]
     samples_per_prompt: int
@@ -68,16 +65,17 @@ class Plan:
     prompts_per_shard: int
 
     @staticmethod
-    def of(recipe: Recipe) -> Plan:
+    def of(recipe: Recipe) -> CacheSpec:
         """Raises ModelError, PromptError or RecipeError for what the recipe names wrongly."""
-        folder = resolve(recipe.teacher.model)
-        shift = recipe.shift or read_shift(folder)
-        data = recipe.data
-        for height, width in data.sizes:
+        teacher, data = ModelFolder.open(recipe.teacher.model), recipe.data
+        for size in data.sizes:
             try:
-                LatentSpace.of_folder(folder).shape(height, width)
+                teacher.space.shape(*size)
             except ValueError as error:
                 raise RecipeError(f"data.height, width or other_sizes: {error}") from error
+        schedule = recipe_schedule(recipe, teacher)
+        if recipe.losses.warmup_step1_target == "trajectory":
+            _check_on_grid(schedule, recipe.teacher.steps)
         prompts = load_prompts(
             data.prompts, data.prompt_count, data.seed, data.prompt_column, data.prompt_split
         )
@@ -86,13 +84,12 @@ class Plan:
                 f"data.other_sizes: {len(data.sizes)} sizes need as many prompts at least, "
                 f"{data.prompts} has {len(prompts)}"
             )
-        return Plan(
+        return CacheSpec(
             folder=data.cache,
-            teacher=folder,
-            shift=shift,
+            teacher=teacher,
+            schedule=schedule,
             steps=recipe.teacher.steps,
             guidance_scale=recipe.teacher.guidance_scale,
-            step2_sigma=recipe.step2_sigma or sigma_schedule(2, shift)[1],
             prompts=[p for i in range(len(data.sizes)) for p in prompts[i :: len(data.sizes)]],
             sizes=data.sizes,
             samples_per_prompt=data.samples_per_prompt,
@@ -102,7 +99,7 @@ class Plan:
 
     @property
     def sigmas(self) -> list[float]:
-        return sigma_schedule(self.steps, self.shift)
+        return self.schedule.sigmas(self.steps)
 
     @property
     def sample_count(self) -> int:
@@ -137,9 +134,24 @@ class Plan:
     def fingerprint(self) -> str:
         """Changes with the teacher's weights, the schedule, the prompts, sizes or seeds."""
         digest = hashlib.sha256()
-        settings = [VERSION, self.sigmas, self.guidance_scale, self.step2_sigma, self.prompts]
+        step2_sigma = self.schedule.step2_sigma
+        settings = [VERSION, self.sigmas, self.guidance_scale, step2_sigma, self.prompts]
         settings += [self.samples_per_prompt, *(n for size in self.sizes for n in size), self.seed]
         settings += [self.prompts_per_shard]
         digest.update(json.dumps(settings).encode())
-        digest.update(folder_fingerprint(self.teacher).encode())
+        digest.update(self.teacher.fingerprint.encode())
         return digest.hexdigest()
+
+
+def recipe_schedule(recipe: Recipe, teacher: ModelFolder) -> Schedule:
+    """The noise levels of a recipe: what it names, else its teacher's own."""
+    shift = recipe.shift or teacher.schedule((recipe.data.height, recipe.data.width)).shift
+    return Schedule.of(shift, recipe.step2_sigma, recipe.student.transition)
+
+
+def _check_on_grid(schedule: Schedule, steps: int) -> None:
+    if schedule.place_of_step2(steps) is None:
+        raise RecipeError(
+            "losses.warmup_step1_target: trajectory needs step2_sigma on the teacher's "
+            f"grid {schedule.sigmas(steps)}, got {schedule.step2_sigma}"
+        )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twostep.method.flow import sample_sigma
+from twostep.method.schedule import Schedule
 
 PURPOSES = ("student", "critic", "validation", "score")
 
@@ -25,6 +25,7 @@ class Draws:
         seed: int,
         turn: int,
         purpose: str,
+        *,
         device: torch.device,
         rows: slice | None = None,
         total: int = 0,
@@ -45,9 +46,9 @@ class Draws:
         shape = (self._whole(len(tensor)), *tensor.shape[1:])
         return self._own(torch.randn(shape, generator=self.generator)).to(self.device)
 
-    def sigma(self, count: int, shift: float, bounds: tuple[float, float]) -> Tensor:
-        """Noise levels (count,), uniform before the time shift."""
-        drawn = sample_sigma(self._whole(count), shift, self.generator, *bounds)
+    def sigma(self, count: int, schedule: Schedule, bounds: tuple[float, float]) -> Tensor:
+        """Noise levels (count,) within `bounds`, uniform before the time shift."""
+        drawn = schedule.draw(self._whole(count), self.generator, bounds)
         return self._own(drawn).to(self.device)
 
     def chosen(self, count: int, share: float) -> Tensor:

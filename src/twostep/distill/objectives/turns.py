@@ -1,104 +1,72 @@
-"""The student's turn and the critic's turn: the only place that combines losses."""
+"""The turns of student, critic with fakes, and score: the only place that combines losses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from twostep.distill.objectives.batch import Batch, Turn
 from twostep.distill.objectives.draws import Draws
-from twostep.distill.objectives.roles import Role, Roles, bind_role
-from twostep.families.zimage import PromptBatch
+from twostep.distill.objectives.roles import Roles
+from twostep.distill.objectives.terms import TERMS, Judged, TermLoss
+from twostep.families.family import PromptBatch
 from twostep.method import losses
-from twostep.method.flow import (
-    add_noise,
-    clean_from_velocity,
-    euler_step,
-    guide,
-    sigma_schedule,
-    velocity_target,
-)
-from twostep.method.rollout import Rollout, TwoStep, guided, two_step
-from twostep.recipe.schema import (
-    Recipe,
-    StepLosses,
-)
+from twostep.method.flow import add_noise, clean_from_velocity, euler_step, velocity_target
+from twostep.method.rollout import Rollout, two_step
+from twostep.method.schedule import Schedule
+from twostep.models.velocity import Velocity, bind, guided_field
+from twostep.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one turn is given; latents are (B, C, H, W), fp32.
+class Objectives:
+    """What a run's updates minimise."""
 
-    Attributes:
-        noise: the cached samples' initial noise.
-        latents: the teacher's results from that noise.
-        trajectory: the teacher's latents at the student's second noise level, if cached.
-        reals, real_prompts: the critic's real samples and their captions.
-        prompts, empty: the captions, and the empty prompt B times.
-    """
+    student: StudentTurn
+    critic: CriticTurn
+    score: ScoreTurn
 
-    noise: Tensor
-    latents: Tensor
-    trajectory: Tensor | None
-    reals: Tensor
-    real_prompts: PromptBatch
-    prompts: PromptBatch
-    empty: PromptBatch
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A scalar to minimise, and what to log; `terms` are detached."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-
-
-# (clean prediction, batch, draws) -> scalar
-Term = Callable[[Tensor, Batch, Draws], Tensor]
+    @staticmethod
+    def build(recipe: Recipe, roles: Roles, schedule: Schedule) -> Objectives:
+        student = StudentTurn(recipe, roles, schedule)
+        return Objectives(
+            student, CriticTurn(recipe, roles, student), ScoreTurn(recipe, roles, schedule)
+        )
 
 
 class StudentTurn:
     """Builds the student's loss. Which terms are active is decided here, once."""
 
-    def __init__(self, recipe: Recipe, roles: Roles, schedule: TwoStep, shift: float) -> None:
-        self.recipe, self.roles, self.schedule, self.shift = recipe, roles, schedule, shift
+    def __init__(self, recipe: Recipe, roles: Roles, schedule: Schedule) -> None:
+        self.recipe, self.roles, self.schedule = recipe, roles, schedule
         self.end_to_end = recipe.student.gradient == "end_to_end"
-        self._terms = {
-            "step1": self._active(recipe.losses.step1, step=0),
-            "final": self._active(recipe.losses.final, step=1),
+        weights = {"step1": recipe.losses.step1, "final": recipe.losses.final}
+        levels = {"step1": 1.0, "final": schedule.step2_sigma}
+        self._judged = {
+            name: Judged(recipe, schedule, sigma, roles.score, roles.fake_of(step), roles.critic)
+            for step, (name, sigma) in enumerate(levels.items())
         }
-        chosen = (recipe.losses.step1, recipe.losses.final)
-        self._on_cached_noise = any(s.regression * s.weight > 0 for s in chosen)
-
-    def _active(self, weights: StepLosses, step: int) -> list[tuple[str, float, Term]]:
-        sigma_in = 1.0 if step == 0 else self.schedule.step2_sigma
-        candidates: list[tuple[str, float, Term]] = [
-            ("distribution_matching", weights.distribution_matching, self._match(step)),
-            ("guidance_augmentation", weights.guidance_augmentation, self._augment(sigma_in)),
-            ("adversarial", weights.adversarial, self._fool),
-            (
-                "regression",
-                weights.regression,
-                lambda x, batch, _: losses.regression(x, batch.latents),
-            ),
-        ]
-        return [
-            (name, weights.weight * w, term) for name, w, term in candidates if weights.weight * w
-        ]
+        self._active: dict[str, list[tuple[str, float, TermLoss]]] = {
+            name: [
+                (term.name, own.weight * getattr(own, term.name), term.loss)
+                for term in TERMS
+                if own.weight * getattr(own, term.name)
+            ]
+            for name, own in weights.items()
+        }
+        self._on_cached_noise = any(w.regression * w.weight > 0 for w in weights.values())
 
     def rollout(self, noise: Tensor, prompts: PromptBatch, draws: Draws) -> Rollout:
-        fresh = draws.normal_like(noise) if self.schedule.transition == "renoise" else None
         return two_step(
-            bind_role(self.roles.first, prompts),
-            bind_role(self.roles.second, prompts),
+            bind(self.roles.first, prompts),
+            bind(self.roles.second, prompts),
             noise,
             self.schedule,
-            self.end_to_end,
-            fresh,
+            fresh=draws.normal_like,
+            end_to_end=self.end_to_end,
         )
 
     def warmup(self, batch: Batch, draws: Draws) -> Turn:
@@ -106,7 +74,7 @@ class StudentTurn:
         rollout = self.rollout(batch.noise, batch.prompts, draws)
         final = losses.regression(rollout.clean2, batch.latents)
         if self.recipe.losses.warmup_step1_target == "trajectory":
-            assert batch.trajectory is not None  # checked when the loop starts
+            assert batch.trajectory is not None  # checked before the cache was opened
             step1 = losses.regression(rollout.latents2, batch.trajectory)
         else:
             step1 = losses.regression(rollout.clean1, batch.latents)
@@ -117,102 +85,56 @@ class StudentTurn:
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
         total = batch.noise.new_zeros(())
         logged: dict[str, Tensor] = {}
-        if any(self._terms.values()):
+        if any(self._active.values()):
             noise = batch.noise if self._on_cached_noise else draws.normal_like(batch.noise)
             rollout = self.rollout(noise, batch.prompts, draws)
-            for step, clean in (("step1", rollout.clean1), ("final", rollout.clean2)):
-                for name, weight, term in self._terms[step]:
-                    value = term(clean, batch, draws)
+            for name, clean in (("step1", rollout.clean1), ("final", rollout.clean2)):
+                for term, weight, loss in self._active[name]:
+                    value = loss(self._judged[name], clean, batch, draws)
                     total = total + weight * value
-                    logged[f"{step}/{name}"] = value.detach()
+                    logged[f"{name}/{term}"] = value.detach()
             logged["latents/mean"] = rollout.clean2.detach().mean()
             logged["latents/std"] = rollout.clean2.detach().std()
         if self.recipe.losses.consistency:
-            value = self._be_consistent(batch, draws)
+            value = self._consistency(batch, draws)
             total = total + self.recipe.losses.consistency * value
             logged["consistency"] = value.detach()
         return Turn(total, logged)
 
-    def _be_consistent(self, batch: Batch, draws: Draws) -> Tensor:
+    def _consistency(self, batch: Batch, draws: Draws) -> Tensor:
         """Latent consistency distillation (arXiv 2310.04378) without a target network (2310.14189).
 
         At neighbouring noise levels of the teacher's schedule, joined by a teacher step, the
         student must point to the same image.
         """
-        pairs = list(pairwise(sigma_schedule(self.recipe.teacher.steps, self.shift)))
+        pairs = list(pairwise(self.schedule.sigmas(self.recipe.teacher.steps)))
         chosen = torch.tensor([pairs[i] for i in draws.integers(len(batch.noise), len(pairs))])
         sigma, below = chosen.to(batch.noise).unbind(1)
         latents = add_noise(batch.latents, draws.normal_like(batch.noise), sigma)
-        field = bind_role(self.roles.first, batch.prompts)
+        field = bind(self.roles.first, batch.prompts)
         clean = clean_from_velocity(latents, field(latents, sigma), sigma)
         with torch.no_grad():
-            teacher = guided(
-                bind_role(self.roles.teacher, batch.prompts),
-                bind_role(self.roles.teacher, batch.empty),
-                self.recipe.teacher.guidance_scale,
-            )
+            scale = self.recipe.teacher.guidance_scale
+            teacher = guided_field(self.roles.teacher, batch.prompts, batch.empty, scale)
             stepped = euler_step(latents, teacher(latents, sigma), sigma, below)
             # At the last step this is the image itself: sigma is 0 there.
             target = clean_from_velocity(stepped, field(stepped, below), below)
         return losses.regression(clean, target)
 
-    def _match(self, step: int) -> Term:
-        def term(clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
-            tau = draws.sigma(len(clean), self.shift, self.recipe.losses.tau_range)
-            with torch.no_grad():
-                noisy = add_noise(clean, draws.normal_like(clean), tau)
-                score = self._score_velocity(noisy, tau, batch)
-                fake = self.roles.fake_of(step)(noisy, tau, batch.prompts).velocity
-                score_clean = clean_from_velocity(noisy, score, tau)
-                fake_clean = clean_from_velocity(noisy, fake, tau)
-            return losses.distribution_matching(clean, score_clean, fake_clean)
-
-        return term
-
-    def _score_velocity(self, noisy: Tensor, tau: Tensor, batch: Batch) -> Tensor:
-        conditional = self.roles.score(noisy, tau, batch.prompts).velocity
-        scale = self.recipe.score.guidance_scale
-        if not scale:
-            return conditional
-        return guide(conditional, self.roles.score(noisy, tau, batch.empty).velocity, scale)
-
-    def _augment(self, sigma_in: float) -> Term:
-        """Decoupled DMD's guidance term, at noise levels below the step's own."""
-        low, high = self.recipe.losses.tau_range
-
-        def term(clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
-            tau = draws.sigma(len(clean), self.shift, (low, min(high, sigma_in)))
-            with torch.no_grad():
-                noisy = add_noise(clean, draws.normal_like(clean), tau)
-                with_prompt = self.roles.score(noisy, tau, batch.prompts).velocity
-                without = self.roles.score(noisy, tau, batch.empty).velocity
-                direction = clean_from_velocity(noisy, with_prompt, tau) - clean_from_velocity(
-                    noisy, without, tau
-                )
-            return losses.toward(clean, direction)
-
-        return term
-
-    def _fool(self, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
-        tau = draws.sigma(len(clean), self.shift, self.recipe.critic.tau_range)
-        noisy = add_noise(clean, draws.normal_like(clean), tau)
-        return losses.generator_adversarial(
-            critic_logits(self.recipe, self.roles, noisy, tau, batch.prompts)
-        )
-
 
 class ScoreTurn:
     """Builds the score's loss while it is fitted: flow matching on the teacher's images."""
 
-    def __init__(self, recipe: Recipe, roles: Roles, shift: float) -> None:
-        self.recipe, self.roles, self.shift = recipe, roles, shift
+    def __init__(self, recipe: Recipe, roles: Roles, schedule: Schedule) -> None:
+        self.recipe, self.roles, self.schedule = recipe, roles, schedule
 
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
         dropout = self.recipe.score.caption_dropout
         if dropout:
             dropped = draws.chosen(len(batch.prompts), dropout)
             batch = replace(batch, prompts=batch.prompts.replace(dropped, batch.empty))
-        loss = _follow(self.roles.score, batch.latents, batch, draws, self.recipe, self.shift)
+        fit = FlowFit(self.schedule, self.recipe.losses.tau_range)
+        loss = fit(self.roles.score, batch.latents, batch.prompts, draws)
         return Turn(loss, {"score/flow_matching": loss.detach()})
 
 
@@ -225,6 +147,7 @@ class CriticTurn:
         self._followed = [i for i, w in enumerate(weights) if w.weight * w.distribution_matching]
         self._judged = [i for i, w in enumerate(weights) if w.weight * w.adversarial]
         self._paired = recipe.critic.paired and recipe.data.reals == "teacher"
+        self._fit = FlowFit(student.schedule, recipe.losses.tau_range)
 
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
         if not (self._followed or self._judged):
@@ -238,8 +161,7 @@ class CriticTurn:
         total = batch.noise.new_zeros(())
         logged: dict[str, Tensor] = {}
         for step in self._followed:
-            fake, shift = self.roles.fake_of(step), self.student.shift
-            loss = _follow(fake, cleans[step], batch, draws, self.recipe, shift)
+            loss = self._fit(self.roles.fake_of(step), cleans[step], batch.prompts, draws)
             total = total + loss
             logged[f"fake/step{step + 1}"] = loss.detach()
         for step in self._judged:
@@ -252,7 +174,7 @@ class CriticTurn:
 
     def _judge(self, clean: Tensor, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         settings = self.recipe.critic
-        tau = draws.sigma(len(clean), self.student.shift, settings.tau_range)
+        tau = draws.sigma(len(clean), self.student.schedule, settings.tau_range)
         noise = draws.normal_like(clean)
         # Reals and fakes in one forward, re-noised alike.
         parts = [add_noise(batch.reals, noise, tau), add_noise(clean, noise, tau)]
@@ -262,13 +184,8 @@ class CriticTurn:
             parts.append(add_noise(moved, noise, tau))
             prompts.append(batch.real_prompts)
         copies = len(parts)
-        logits = critic_logits(
-            self.recipe,
-            self.roles,
-            torch.cat(parts),
-            tau.repeat(copies),
-            PromptBatch.cat(prompts),
-        )
+        noisy, levels = torch.cat(parts), tau.repeat(copies)
+        logits = self.roles.critic(noisy, levels, PromptBatch.cat(prompts))
         real, fake, *perturbed = logits.chunk(copies)
         loss = losses.critic_adversarial(real, fake)
         if perturbed:
@@ -278,19 +195,17 @@ class CriticTurn:
         return loss, right / 2
 
 
-def _follow(
-    role: Role, clean: Tensor, batch: Batch, draws: Draws, recipe: Recipe, shift: float
-) -> Tensor:
-    """Flow matching on `clean`, at the noise levels where the role will be asked."""
-    tau = draws.sigma(len(clean), shift, recipe.losses.tau_range)
-    noise = draws.normal_like(clean)
-    velocity = role(add_noise(clean, noise, tau), tau, batch.prompts).velocity
-    return losses.flow_matching(velocity, velocity_target(clean, noise))
+@dataclass(frozen=True)
+class FlowFit:
+    """Flow matching of a network on clean latents, at the noise levels where it will be asked."""
 
+    schedule: Schedule
+    bounds: tuple[float, float]
 
-def critic_logits(
-    recipe: Recipe, roles: Roles, noisy: Tensor, tau: Tensor, prompts: PromptBatch
-) -> Tensor:
-    """The critic's logits (B, K) for re-noised latents, through the frozen teacher's features."""
-    hidden = roles.teacher(noisy, tau, prompts, recipe.critic.layers).hidden
-    return roles.critic(hidden, noisy.shape[2] // 2, noisy.shape[3] // 2)
+    def __call__(
+        self, velocity: Velocity, clean: Tensor, prompts: PromptBatch, draws: Draws
+    ) -> Tensor:
+        tau = draws.sigma(len(clean), self.schedule, self.bounds)
+        noise = draws.normal_like(clean)
+        predicted = velocity(add_noise(clean, noise, tau), tau, prompts).velocity
+        return losses.flow_matching(predicted, velocity_target(clean, noise))

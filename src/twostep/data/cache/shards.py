@@ -1,0 +1,58 @@
+"""The files of a teacher cache: their names, and whether they are what they should be.
+
+A cache is a folder:
+    manifest.json              what the samples depend on (`fingerprint`) and the list of shards
+    empty.safetensors          embedding of the empty prompt, for guidance
+    shard-00000.safetensors    latents, seeds and prompt embeddings of some samples
+    shard-00000.json           its checksum, sample ids and prompts; written after the shard
+
+Samples of one prompt lie side by side, so that its embedding is stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from twostep.data.cache.spec import CacheSpec
+from twostep.errors import UserError
+
+
+class CacheError(UserError, RuntimeError):
+    """A cache that cannot be used; the message names the file and what to do."""
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_files(folder: Path, shard: int) -> tuple[Path, Path]:
+    stem = f"shard-{shard:05d}"
+    return folder / f"{stem}.safetensors", folder / f"{stem}.json"
+
+
+def check_shard(spec: CacheSpec, shard: int, *, whole: bool = True) -> str | None:
+    """What is wrong with a shard: None if nothing, "missing", or a sentence.
+
+    Args:
+        whole: read it from end to end for its checksum; otherwise its size must do.
+    """
+    weights, sidecar = shard_files(spec.folder, shard)
+    if not sidecar.exists():
+        return "missing"
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+        expected = record["sha256"], record["bytes"], record["fingerprint"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return f"{sidecar} is not a shard's record"
+    if not weights.exists():
+        return f"{weights} is gone, though {sidecar.name} is there"
+    if expected[2] != spec.fingerprint:
+        return f"{weights} belongs to another teacher, schedule or prompt set"
+    if weights.stat().st_size != expected[1]:
+        return f"{weights} has {weights.stat().st_size} bytes, expected {expected[1]}: truncated"
+    if whole and checksum(weights) != expected[0]:
+        return f"{weights} is corrupt: its checksum is not the one in {sidecar.name}"
+    return None

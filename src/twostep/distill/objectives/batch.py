@@ -1,0 +1,38 @@
+"""What a turn is given, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from twostep.families.family import PromptBatch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one turn is given; latents are (B, C, H, W), fp32.
+
+    Attributes:
+        noise: the cached samples' initial noise.
+        latents: the teacher's results from that noise.
+        trajectory: the teacher's latents at the student's second noise level, if cached.
+        reals, real_prompts: the critic's real samples and their captions.
+        prompts, empty: the captions, and the empty prompt B times.
+    """
+
+    noise: Tensor
+    latents: Tensor
+    trajectory: Tensor | None
+    reals: Tensor
+    real_prompts: PromptBatch
+    prompts: PromptBatch
+    empty: PromptBatch
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A scalar to minimise, and what to log; `terms` are detached. No terms: nothing to learn."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]

@@ -1,0 +1,94 @@
+"""A run's folder: where everything lies that a distillation writes."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from twostep.distill.checkpoint import list_checkpoints
+from twostep.distill.monitor import read_metrics
+from twostep.errors import RecipeError
+from twostep.recipe.rules import differences
+from twostep.recipe.schema import Recipe
+from twostep.runtime.files import write_json, write_text
+from twostep.runtime.provenance import git_commit, machine
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's files, by name."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The averaged weights of the best validation."""
+        return self.path / "best"
+
+    @property
+    def student(self) -> Path:
+        """The student, once the run is finished."""
+        return self.path / "student"
+
+    @property
+    def report(self) -> Path:
+        """Of `twostep demo`; its page lies beside it."""
+        return self.path / "report.json"
+
+    def sample_sheet(self, turn: int) -> Path:
+        """The pictures drawn after `turn` turns; its folder is made."""
+        folder = self.path / "samples"
+        folder.mkdir(exist_ok=True)
+        return folder / f"turn-{turn:07d}.png"
+
+    def last_checkpoint(self) -> Path | None:
+        """None before the first."""
+        found = list_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of the run, oldest first."""
+        return read_metrics(self.path)
+
+    def check_same_recipe(self, recipe: Recipe) -> None:
+        """Raises RecipeError if the folder holds a run that another recipe began."""
+        if self.last_checkpoint() is None or not self.recipe.exists():
+            return
+        differing = differences(Recipe.load(self.recipe), recipe)
+        if differing:
+            raise RecipeError(
+                f"{self.path} holds a run of another recipe ({'; '.join(differing)}). "
+                "Choose another name or output, or remove the folder"
+            )
+
+    def describe(self, recipe: Recipe, device: str) -> None:
+        """Writes the recipe, and what the run computes with and on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        packages = ("twostep", "torch", "diffusers", "transformers", "safetensors")
+        description = {
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+            "commit": git_commit(),
+            "device": device,
+            "machine": machine(),
+        }
+        write_text(self.recipe, recipe.to_yaml())
+        write_json(self.path / "run.json", description)
+
+    def clear(self) -> None:
+        """Removes a finished run, so that the next one begins anew; a cache beside it stays."""
+        for name in ("checkpoints", "samples", "student", "images", "best"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("report.json", "report.html", "metrics.jsonl"):
+            (self.path / name).unlink(missing_ok=True)

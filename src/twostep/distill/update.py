@@ -1,0 +1,144 @@
+"""One update: gradients of this process's rows, averaged, clipped, and taken if they are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from twostep.distill.batches import Batches
+from twostep.distill.checkpoint import Progress
+from twostep.distill.objectives.batch import Batch, Turn
+from twostep.distill.objectives.draws import Draws
+from twostep.errors import UserError
+from twostep.recipe.schema import Recipe
+from twostep.runtime.distributed import World, gathered
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on; the message says why."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """How a batch's gradients come about, the same for every update of a run.
+
+    Attributes:
+        rows: this process's parts of a batch.
+        computing: the context of every forward.
+    """
+
+    recipe: Recipe
+    batches: Batches
+    rows: Sequence[slice]
+    world: World
+    device: torch.device
+    computing: Callable[[], AbstractContextManager[None]]
+
+    def __call__(
+        self, compute: Callable[[Batch, Draws], Turn], number: int, *, seed: int, purpose: str
+    ) -> dict[str, Tensor]:
+        """Adds up the gradients of this process's rows; `loss` and its terms, of the whole batch.
+
+        Empty if there is nothing to learn.
+        """
+        total: dict[str, Tensor] = {}
+        settings = self.recipe.training
+        for rows in self.rows:
+            batch = self.batches.read(number, seed, rows)
+            draws = Draws(
+                settings.seed, number, purpose,
+                device=self.device, rows=rows, total=settings.batch_size,
+            )  # fmt: skip
+            with self.computing():
+                turn = compute(batch, draws)
+            if not turn.terms:
+                return {}
+            (turn.loss / len(self.rows)).backward()
+            for key, value in {"loss": turn.loss.detach(), **turn.terms}.items():
+                part = value / len(self.rows)
+                total[key] = total[key] + part if key in total else part
+        return self.world.mean(total)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A step of the optimizers that learn from one kind of turn.
+
+    Attributes:
+        purpose: of its random numbers (`draws.py`).
+        seed: of the order in which it reads the cache.
+        optimizers, parameters: by name.
+        watched: parameters whose gradient's norm is worth a record, by name.
+    """
+
+    gradients: Gradients
+    progress: Progress
+    purpose: str
+    seed: int
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    parameters: Mapping[str, list[nn.Parameter]]
+    watched: Mapping[str, list[nn.Parameter]]
+
+    def __call__(
+        self, compute: Callable[[Batch, Draws], Turn], number: int
+    ) -> tuple[dict[str, Tensor], bool]:
+        """The terms of batch `number`, and whether the step was taken.
+
+        Raises:
+            TrainingStopped: if too many in a row were not finite.
+        """
+        self.zero()
+        terms = self.gradients(compute, number, seed=self.seed, purpose=self.purpose)
+        if not terms:
+            return {}, False
+        for parameters in self.parameters.values():
+            self.gradients.world.average_gradients(parameters)
+        norms = {f"gradient_norm/{name}": _norm(own) for name, own in self.watched.items()}
+        limit = self.gradients.recipe.training.max_gradient_norm
+        totals = [
+            gathered(nn.utils.clip_grad_norm_(own, limit)) for own in self.parameters.values()
+        ]
+        accepted = self._accept(terms["loss"], *totals)
+        if accepted:
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+        return {**terms, **norms}, accepted
+
+    def zero(self) -> None:
+        """Lets the gradients go."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """The learning rate of each optimizer, by name."""
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
+
+    def _accept(self, *values: Tensor) -> bool:
+        """Whether a step may be taken; counts the refused ones and gives up after too many."""
+        progress = self.progress
+        if bool(torch.stack([v.detach() for v in values]).isfinite().all()):
+            progress.skipped_in_a_row = 0
+            return True
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        limit = self.gradients.recipe.training.max_non_finite
+        if progress.skipped_in_a_row > limit:
+            raise TrainingStopped(
+                f"turn {progress.turn}: loss or gradient was not finite "
+                f"{progress.skipped_in_a_row} times in a row (training.max_non_finite is {limit}). "
+                "The last checkpoint is sound; begin a new run with a lower training.learning_rate"
+            )
+        return False
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return gathered(nn.utils.get_total_norm(gradients))

@@ -1,0 +1,84 @@
+"""Latents to images and back: the folder's VAE, or a tiny decoder for the same latents."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+from twostep.errors import ModelError
+from twostep.models.locate import locate
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Latents to images through the folder's VAE, or a tiny one made for the same latents."""
+
+    vae: Any
+
+    @staticmethod
+    def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+        vae = AutoencoderKL.from_pretrained(
+            folder, subfolder="vae", dtype=dtype, use_safetensors=True
+        )
+        return Decoder(vae.eval())
+
+    @staticmethod
+    def load_tiny(name: str, like: Decoder, dtype: torch.dtype = torch.float32) -> Decoder:
+        """An `AutoencoderTiny`: a folder, `zoo:NAME` or a hub id (`madebyollin/taef1` for Z-Image).
+
+        Args:
+            like: whose latents it must read.
+
+        Raises:
+            ModelError: if there is none, or it is made for other latents.
+        """
+        folder = locate(name, ("*.json", "*.safetensors"))
+        config = folder / "config.json"
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if found.get("_class_name") != "AutoencoderTiny":
+            raise ModelError(
+                f"decoder: {name} must hold an AutoencoderTiny, "
+                f"its config.json says {found.get('_class_name')}"
+            )
+        tiny = Decoder(AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True))
+        shapes = [(d.vae.config.latent_channels, d.scale) for d in (tiny, like)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(
+                f"decoder: {name} reads latents of {shapes[0][0]} channels at 1/{shapes[0][1]}, "
+                f"the model's have {shapes[1][0]} at 1/{shapes[1][1]}"
+            )
+        tiny.vae.eval()
+        return tiny
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, along each side."""
+        config = self.vae.config
+        stages = getattr(config, "block_out_channels", None) or config.decoder_block_out_channels
+        return int(2 ** (len(stages) - 1))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
+        """(B, C, H, W) latents to (B, 3, scale * H, scale * W) images in -1..1, fp32."""
+        config = self.vae.config
+        images = []
+        for part in latents.split(batch_size):
+            part = part.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+            images.append(self.vae.decode(part, return_dict=False)[0].float().clamp(-1, 1))
+        return torch.cat(images).contiguous()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
+        """Inverse of `decode`, the posterior's mode; fp32."""
+        config = self.vae.config
+        latents = []
+        for part in images.split(batch_size):
+            code = self.vae.encode(part.to(self.vae.dtype)).latent_dist.mode()
+            latents.append(((code - config.shift_factor) * config.scaling_factor).float())
+        return torch.cat(latents)

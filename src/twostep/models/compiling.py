@@ -1,0 +1,30 @@
+"""What is compiled, and how many graphs torch may keep of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def allow_graphs() -> None:
+    """Lets `torch.compile` keep as many graphs of one piece of code as a run has uses for it.
+
+    Roles share their code: with and without gradient, with and without taps, in the batch sizes of
+    training and validation. Each is a graph of its own, of fixed shapes.
+    """
+    import torch._dynamo as dynamo  # slow, and few need it
+
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compiles a transformer block by block: one piece of code for every layer.
+
+    A block's forward alone, not its call: FSDP2 puts weights together in hooks, which no graph
+    may hold.
+    """
+    allow_graphs()
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

@@ -1,0 +1,52 @@
+"""Where a model lies that the user named: in the package, on this disk, or on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from twostep.errors import ModelError
+
+ZOO = Path(__file__).parents[1] / "zoo"
+# Pickled weights are never fetched, let alone opened.
+WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
+CONFIGURATIONS = ("*.json",)
+
+
+@cache
+def _fetch(name: str, patterns: tuple[str, ...]) -> Path:
+    """A model of the hub, asked for once in a process."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name!r} is no local folder, nor could the hub be asked: {error}"
+        ) from error
+
+
+def locate(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
+    """The folder that `name` means: `zoo:NAME`, a local folder, or a hub id.
+
+    Args:
+        patterns: the files that are fetched of a model on the hub.
+
+    Raises:
+        ModelError: if there is no such folder.
+    """
+    if name.startswith("zoo:"):
+        folder = ZOO / name.removeprefix("zoo:")
+        if not folder.is_dir():
+            known = ", ".join(
+                f"zoo:{p.parent.name}" for p in sorted(ZOO.glob("*/model_index.json"))
+            )
+            raise ModelError(f"no model {name!r} in the package; there are: {known}")
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _fetch(name, tuple(patterns))
+    raise ModelError(f"no model folder at {name!r}")

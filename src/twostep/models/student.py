@@ -1,0 +1,153 @@
+"""The format of a two-step student, read and written: two transformers, or two LoRA files.
+
+Two transformers: a diffusers folder whose `model_index.json` also has `transformer_2`,
+`step2_sigma` and `transition`. Two LoRA files: `first.safetensors`, `second.safetensors` and
+`twostep.json`, which names the model they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from twostep.errors import ExportError, ModelError
+from twostep.method.schedule import Schedule
+from twostep.models.transformer import transformer_with
+from twostep.runtime.files import replace_folder, write_atomically
+
+# What the folder's model_index.json names: the class in its own pipeline.py. Opened as a plain
+# ZImagePipeline, diffusers then refuses to load it instead of dropping the second transformer.
+CLASS_NAME = ["pipeline", "TwoStepPipeline"]
+STANDALONE = Path(__file__).with_name("standalone_pipeline.py")
+LORA_INDEX = "twostep.json"
+STEPS = ("first", "second")
+PARTS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True)
+class StudentIndex:
+    """What a student's folder says of itself.
+
+    Attributes:
+        kind: two transformers, or two LoRA files.
+        step2_sigma, transition: as in `Schedule`.
+        teacher: of LoRA files, the model that they belong to: a folder, `zoo:NAME` or a hub id.
+    """
+
+    kind: Literal["student", "lora_pair"]
+    step2_sigma: float
+    transition: Any
+    teacher: str | None = None
+
+    @staticmethod
+    def read(folder: Path) -> StudentIndex | None:
+        """None if the folder is no student.
+
+        Raises:
+            ModelError: if it is one, but its index cannot be used or a file is missing.
+        """
+        path = folder / LORA_INDEX
+        if path.is_file():
+            return _read_lora_index(path)
+        path = folder / "model_index.json"
+        index = read_json(path) if path.is_file() else {}
+        if "transformer_2" not in index:
+            return None
+        if "step2_sigma" not in index:
+            raise ModelError(f"{path} has transformer_2 but no step2_sigma")
+        return _checked(path, "student", index["step2_sigma"], index.get("transition", "euler"))
+
+
+def _read_lora_index(path: Path) -> StudentIndex:
+    files = [path.with_name(f"{step}.safetensors") for step in STEPS]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{path.parent} lacks {', '.join(missing)}")
+    try:
+        index = read_json(path)
+        values = index["step2_sigma"], index["transition"], str(index["teacher"])
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}: expected teacher, step2_sigma and transition, got {error!r}"
+        ) from error
+    return _checked(path, "lora_pair", *values)
+
+
+def _checked(path: Path, kind: Any, sigma: Any, transition: Any, teacher: Any = None) -> Any:
+    try:
+        Schedule(1.0, float(sigma), transition)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    return StudentIndex(kind, float(sigma), transition, teacher)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file of a model folder.
+
+    Raises:
+        ModelError: if it is missing or no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} must hold an object, found {type(values).__name__}")
+    return values
+
+
+def check_free(out: Path) -> None:
+    """Raises ExportError if the folder `out` has anything in it."""
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"out: {out} is not empty")
+
+
+def save_student(
+    teacher: Path,
+    first: nn.Module,
+    second: nn.Module,
+    *,
+    schedule: Schedule,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes a student as a diffusers folder: the teacher's parts and two transformers.
+
+    Args:
+        teacher: the teacher's folder; everything but its transformer is copied.
+        first, second: diffusers transformers; not changed.
+        folder: replaced if it exists, at the very end.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
+        shutil.copytree(teacher / part, temporary / part)
+    for name, transformer in zip(PARTS, (first, second), strict=True):
+        weights = {k: v.detach().to("cpu", dtype) for k, v in transformer.state_dict().items()}
+        transformer_with(transformer, weights).save_pretrained(temporary / name)
+    index = read_json(teacher / "model_index.json")
+    shutil.copyfile(STANDALONE, temporary / "pipeline.py")
+    index["_class_name"] = CLASS_NAME
+    index["transformer_2"] = index["transformer"]
+    index["step2_sigma"] = schedule.step2_sigma
+    index["transition"] = schedule.transition
+    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    replace_folder(temporary, folder)
+
+
+def write_lora_index(folder: Path, *, teacher: str, schedule: Schedule) -> None:
+    """Makes a folder of two LoRA files a student of `teacher`."""
+    index = {
+        "teacher": teacher,
+        "step2_sigma": schedule.step2_sigma,
+        "transition": schedule.transition,
+    }
+    text = json.dumps(index, indent=2) + "\n"
+    write_atomically(folder / LORA_INDEX, lambda p: p.write_text(text, encoding="utf-8"))

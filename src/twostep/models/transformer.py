@@ -1,0 +1,35 @@
+"""A diffusers transformer as such: read as it is stored, or made around given weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from twostep.runtime.distributed import gathered
+
+
+def stored_transformer(folder: Path, part: str | None, class_name: str) -> Any:
+    """A transformer in the dtype that it is stored in; `part` None for a folder of its own."""
+    kind: Any = getattr(diffusers, class_name)
+    return kind.from_pretrained(folder, subfolder=part, use_safetensors=True)
+
+
+def transformer_with(like: nn.Module, weights: Mapping[str, Tensor]) -> Any:
+    """A stock transformer of the same configuration that holds `weights`, which are not copied."""
+    # Sharding and our own forward put classes before diffusers' own.
+    stock: Any = next(c for c in type(like).__mro__ if getattr(diffusers, c.__name__, None) is c)
+    with torch.device("meta"):
+        shell = stock.from_config(like.config)
+    shell.load_state_dict(weights, assign=True)
+    return shell
+
+
+def whole_transformer(transformer: nn.Module) -> Any:
+    """A transformer, sharded or not, as an ordinary one on the CPU. For all processes."""
+    weights = {key: gathered(value).cpu() for key, value in transformer.state_dict().items()}
+    return transformer_with(transformer, weights)

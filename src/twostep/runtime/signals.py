@@ -1,0 +1,33 @@
+"""Signals that ask a process to end, collected until it is ready to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[str]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second one kills."""
+    caught: list[str] = []
+    previous = {}
+
+    def remember(number: int, _: Any) -> None:
+        if caught:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        caught.append(signal.Signals(number).name)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, remember)
+    except ValueError:  # not the main thread: the caller handles signals
+        previous.clear()
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
