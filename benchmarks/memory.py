@@ -21,21 +21,21 @@ from typing import Annotated, Any, get_args
 
 import torch
 import typer
+from torch import nn
 
 from twostep.evaluation.metrics import peak_signal_to_noise
 from twostep.evaluation.prompts import PromptSet
-from twostep.exports.registry import (
-    export,
-)
-from twostep.families.zimage import PromptBatch
+from twostep.exports.registry import ExportOptions, export
+from twostep.families.family import PromptBatch
 from twostep.inference.generate import (
     Holding,
 )
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
-from twostep.models.int8 import KEPT, MODES, Memory, pack_int8, transformer_of
+from twostep.models.folder import ModelFolder
+from twostep.models.int8 import KEPT, pack_int8
 from twostep.planning.generation import Steps, generation_needs
-from twostep.runtime.devices import pick_device
+from twostep.runtime.devices import MODES, Memory, pick_device
 from twostep.runtime.files import write_atomically
 from twostep.runtime.memory_meter import live_bytes, weight_bytes
 from twostep.runtime.provenance import git_commit, machine
@@ -75,7 +75,7 @@ class Bench:
         self.prompts = list(PromptSet.load("emoji", images, 1).captions)
 
     def load(self, way: Way) -> Sampler:
-        return Holding(way.memory).load(way.model, self.prompts, self.device)
+        return Holding(way.memory).load(ModelFolder.open(way.model), self.prompts, self.device)
 
     def pictures(self, sampler: Sampler) -> torch.Tensor:
         noise = seeded_noise(list(range(len(self.prompts))), sampler.noise_shape(*self.size))
@@ -101,7 +101,7 @@ class Bench:
         run()
         with live_bytes() as live:
             run()
-        return live.peak + weight_bytes(sampler.field, sampler.second, sampler.decoder.vae)
+        return live.peak + held_bytes(sampler) + weight_bytes(sampler.decoder.vae)
 
     def _one_batch(self, sampler: Sampler) -> Callable[[], None]:
         prompts = self.prompts[: self.batch]
@@ -120,9 +120,9 @@ def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
     return peak_signal_to_noise(a, b).mean().item()
 
 
-def weight_bytes(sampler: Sampler) -> int:
+def held_bytes(sampler: Sampler) -> int:
     """Both steps' transformers, on whatever device."""
-    return weight_bytes(*(transformer_of(field) for field in (sampler.field, sampler.second)))
+    return weight_bytes(*(v for v in sampler.velocities if isinstance(v, nn.Module)))
 
 
 def by_kind(bench: Bench, student: str, whole: torch.Tensor) -> list[dict[str, Any]]:
@@ -130,13 +130,13 @@ def by_kind(bench: Bench, student: str, whole: torch.Tensor) -> list[dict[str, A
     found = []
     for kind, part in KINDS.items():
         sampler = bench.load(Way("two_sets", "plain", student))
-        before = weight_bytes(sampler)
-        for field in (sampler.field, sampler.second):
-            pack_int8(transformer_of(field), lambda name, _, part=part: part in name)
+        before = held_bytes(sampler)
+        for network in sampler.velocities:
+            pack_int8(network, lambda name, _, part=part: part in name)
         found.append({
             "kind": kind,
             "packed": not KEPT.fullmatch(part),
-            "saved": 1 - weight_bytes(sampler) / before,
+            "saved": 1 - held_bytes(sampler) / before,
             "decibels": decibels(bench.pictures(sampler), whole),
         })  # fmt: skip
     return found
@@ -161,7 +161,7 @@ def main(
     bench = Bench(pick_device(device), (size, size), batch, images)
     with tempfile.TemporaryDirectory() as folder:
         pair = str(Path(folder) / "pair")
-        notes = export(student, "lora", Path(pair), teacher, energy=energy)
+        notes = export(student, "lora", Path(pair), ExportOptions(teacher=teacher, energy=energy))
         print("\n".join(notes))
         models: dict[Steps, str] = {"two_sets": student, "lora": pair}
         ways = [Way(s, m, models[s]) for s in get_args(Steps) for m in MODES]
@@ -181,7 +181,7 @@ def main(
                 "key": way.key,
                 "steps": way.steps,
                 "memory": way.memory,
-                "weights": weight_bytes(samplers[way]),
+                "weights": held_bytes(samplers[way]),
                 "peak": None if way.memory == "offload" else bench.peak(samplers[way]),
                 "time": fastest[way] / fastest[ways[0]],
                 "decibels": decibels(bench.pictures(samplers[way]), whole),

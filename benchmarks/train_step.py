@@ -22,23 +22,20 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 
+from twostep.data.cache.spec import recipe_schedule
+from twostep.distill.objectives.batch import Batch, Turn
+from twostep.distill.objectives.build import build_roles
 from twostep.distill.objectives.draws import Draws
-from twostep.distill.objectives.roles import Roles, build_roles
-from twostep.distill.objectives.turns import Batch, CriticTurn, StudentTurn, Turn
-from twostep.families.zimage import PromptBatch, ZImageVelocity
-from twostep.method.flow import sigma_schedule
-from twostep.method.rollout import TwoStep
-from twostep.models.folder import (
-    read_shift,
-    unloaded_transformer,
-)
+from twostep.distill.objectives.roles import Roles
+from twostep.distill.objectives.turns import Objectives
+from twostep.families.family import PromptBatch
+from twostep.models.folder import ModelFolder
 from twostep.planning.training import plan
-from twostep.planning.weightless import random_batch, shape_folder
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.planning.weightless import open_weightless, random_batch
+from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import pick_device
 from twostep.runtime.files import write_atomically
 from twostep.runtime.provenance import git_commit, machine
@@ -81,19 +78,18 @@ def one_turn(
     device = batch.noise.device
     optimizer.zero_grad()
     with torch.autocast(device.type, torch.bfloat16, autocast):
-        turn = compute(batch, Draws(0, 0, "student", device))
+        turn = compute(batch, Draws(0, 0, "student", device=device))
     turn.loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
 
 
-def list_forward(
-    field: ZImageVelocity, latents: Tensor, sigma: Tensor, prompts: PromptBatch
-) -> Tensor:
+def list_forward(model: nn.Module, latents: Tensor, sigma: Tensor, prompts: PromptBatch) -> Tensor:
     """diffusers' own forward, which takes lists: the straightforward way."""
     images = list(latents.unsqueeze(2))
     captions = [e[:n] for e, n in zip(prompts.embeds, prompts.lengths.tolist(), strict=True)]
-    return torch.stack(field.transformer(images, 1 - sigma, captions, return_dict=False)[0])
+    forward = ZImageTransformer2DModel.forward
+    return torch.stack(forward(model, images, 1 - sigma, captions, return_dict=False)[0])
 
 
 def forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[str, float]:
@@ -155,28 +151,29 @@ def main(
     """Measures and writes one JSON file."""
     recipe = Recipe.load(recipe_path, overrides or ())
     chosen, settings = pick_device(device), recipe.training
-    folder = shape_folder(recipe.teacher.model)
-    shaped = recipe.model_copy(
-        update={"teacher": recipe.teacher.model_copy(update={"model": str(folder)})}
-    )
+    folder = open_weightless(recipe.teacher.model)
 
-    def load(source: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
-        with chosen:
-            transformer = unloaded_transformer(source, part, dtype)
-        return as_velocity(transformer).eval()
+    def load(source: ModelFolder, part: str, dtype: torch.dtype) -> Any:
+        model = source.family.without_weights(source.base, part, dtype).to_empty(device=chosen)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.normal_(std=0.02)
+        return model
 
     torch.manual_seed(0)
     expected = plan(recipe, prompt_tokens=prompt_tokens)
-    roles = build_roles(shaped, chosen, load)
-    shift = recipe.shift or read_shift(folder)
-    schedule = TwoStep(recipe.step2_sigma or sigma_schedule(2, shift)[1])
-    student = StudentTurn(recipe, roles, schedule, shift)
-    critic = CriticTurn(recipe, roles, student)
-    batch = random_batch(recipe, folder, expected.micro_batch, prompt_tokens, chosen)
+    roles = build_roles(recipe, folder, device=chosen, load=load)
+    objectives = Objectives.build(recipe, roles, recipe_schedule(recipe, folder))
+    batch = random_batch(
+        recipe, folder, rows=expected.micro_batch, prompt_tokens=prompt_tokens, device=chosen
+    )
     rate = matrix_rate(chosen, repeats)
     cases = {
-        "student": (student, roles.student_parameters()),
-        "critic": (critic, [*roles.fake_parameters(), *roles.critic.parameters()]),
+        "student": (objectives.student, roles.student_parameters()),
+        "critic": (
+            objectives.critic,
+            [*roles.fake_parameters(), *roles.critic.heads.parameters()],
+        ),
     }
     tokens = batch.noise.shape[2] * batch.noise.shape[3] // 4 + batch.prompts.embeds.shape[1]
     turns: dict[str, Any] = {}

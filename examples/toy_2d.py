@@ -26,25 +26,18 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from twostep.method.flow import (
-    add_noise,
-    clean_from_velocity,
-    sample_sigma,
-    sigma_schedule,
-    velocity_target,
-)
+from twostep.method.flow import add_noise, clean_from_velocity, velocity_target
 from twostep.method.losses import (
     critic_adversarial,
     distribution_matching,
     flow_matching,
     generator_adversarial,
 )
-from twostep.method.rollout import TwoStep, VelocityField, euler, two_step
+from twostep.method.rollout import VelocityField, euler, two_step
+from twostep.method.schedule import Schedule
 
 SHIFT = 3.0  # Z-Image Turbo's
-TEACHER_SIGMAS = sigma_schedule(8, SHIFT)
-NAIVE_SIGMAS = sigma_schedule(2, SHIFT)
-SCHEDULE = TwoStep(step2_sigma=NAIVE_SIGMAS[1])  # .75, which is on the teacher's own grid
+SCHEDULE = Schedule.of(SHIFT)  # .75, which is on the teacher's own grid
 BATCH = 512
 STEP1_WEIGHT = 0.5
 ADVERSARIAL_WEIGHT = 0.3
@@ -137,7 +130,7 @@ def teacher_weights(score: VelocityField, images: Tensor, turns: int = 1500) -> 
     update = updater(field, 2e-3, turns)
     for _ in range(turns):
         clean = draw(images)
-        sigma = sample_sigma(len(clean), SHIFT)
+        sigma = SCHEDULE.draw(len(clean))
         latents = add_noise(clean, torch.randn_like(clean), sigma)
         update(flow_matching(field(latents, sigma), score(latents, sigma)))
     return field
@@ -152,7 +145,7 @@ def draw(images: Tensor) -> Tensor:
 
 def matching(clean: Tensor, score: VelocityField, fake: VelocityField) -> Tensor:
     """Distribution matching: toward where the score denoises to, away from where the fake does."""
-    sigma = sample_sigma(len(clean), SHIFT, low=0.02, high=0.98)
+    sigma = SCHEDULE.draw(len(clean), bounds=(0.02, 0.98))
     with torch.no_grad():
         latents = add_noise(clean, torch.randn_like(clean), sigma)
         score_clean = clean_from_velocity(latents, score(latents, sigma), sigma)
@@ -162,7 +155,7 @@ def matching(clean: Tensor, score: VelocityField, fake: VelocityField) -> Tensor
 
 def follow(clean: Tensor, fake: VelocityField) -> Tensor:
     """The fake score's loss: ordinary flow matching, on the student's samples."""
-    sigma, noise = sample_sigma(len(clean), SHIFT), torch.randn_like(clean)
+    sigma, noise = SCHEDULE.draw(len(clean)), torch.randn_like(clean)
     return flow_matching(fake(add_noise(clean, noise, sigma), sigma), velocity_target(clean, noise))
 
 
@@ -187,7 +180,7 @@ def distil(weights: Net, score: VelocityField, images: Tensor, turns: int) -> St
                 out = two_step(student.first, student.second, torch.randn(BATCH, 2, 1, 1), SCHEDULE)
             update_fakes(follow(out.clean1, fake1) + follow(out.clean2, fake2))
             # Real means the TEACHER's sample, noised to the same level as the student's.
-            sigma = sample_sigma(BATCH, SHIFT)
+            sigma = SCHEDULE.draw(BATCH)
             real_logits = renoised_logits(critic, draw(images), sigma)
             fake_logits = renoised_logits(critic, out.clean2, sigma)
             update_critic(critic_adversarial(real_logits, fake_logits))
@@ -195,7 +188,7 @@ def distil(weights: Net, score: VelocityField, images: Tensor, turns: int) -> St
         # Student turn. End-to-end: the loss on clean2 reaches `first` through latents2. The loss on
         # clean1 keeps step 1 a sample in its own right, not a private code for step 2.
         out = two_step(student.first, student.second, torch.randn(BATCH, 2, 1, 1), SCHEDULE)
-        logits = renoised_logits(critic, out.clean2, sample_sigma(BATCH, SHIFT))
+        logits = renoised_logits(critic, out.clean2, SCHEDULE.draw(BATCH))
         final_loss = matching(
             out.clean2, score, fake2
         ) + ADVERSARIAL_WEIGHT * generator_adversarial(logits)
@@ -238,15 +231,15 @@ def run(turns: int, seed: int, out: Path) -> dict[str, float]:
     """
     torch.manual_seed(seed)
     teacher = ring().velocity
-    images = euler(teacher, torch.randn(COUNT, 2, 1, 1), TEACHER_SIGMAS)
+    images = euler(teacher, torch.randn(COUNT, 2, 1, 1), SCHEDULE.sigmas(8))
     weights = teacher_weights(teacher, images)
     student = distil(weights, teacher, images, turns)
 
     # Fresh noise for everyone: the reference, the floor and the students share none.
-    reference = euler(teacher, torch.randn(COUNT, 2, 1, 1), TEACHER_SIGMAS)
-    other = euler(teacher, torch.randn(COUNT, 2, 1, 1), TEACHER_SIGMAS)
+    reference = euler(teacher, torch.randn(COUNT, 2, 1, 1), SCHEDULE.sigmas(8))
+    other = euler(teacher, torch.randn(COUNT, 2, 1, 1), SCHEDULE.sigmas(8))
     noise = torch.randn(COUNT, 2, 1, 1)
-    naive = euler(teacher, noise, NAIVE_SIGMAS)
+    naive = euler(teacher, noise, SCHEDULE.sigmas(2))
     with torch.no_grad():
         final = two_step(student.first, student.second, noise, SCHEDULE)
     figures = {

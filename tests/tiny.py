@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ZImageTransformer2DModel
 
+from twostep.families.zimage import ZImage
+
 TEXT_WIDTH = 32
+CPU = torch.device("cpu")
+as_velocity = ZImage().as_velocity
 
 
 def random_transformer(seed: int = 0) -> ZImageTransformer2DModel:
@@ -26,3 +32,8 @@ def random_transformer(seed: int = 0) -> ZImageTransformer2DModel:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     return model.eval()
+
+
+def network_of(velocity: Any) -> Any:
+    """The network behind a velocity: itself, or what an adapter is on."""
+    return getattr(velocity, "model", velocity)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from twostep.emoji.scenes import OBJECTS
-from twostep.families.zimage import PromptBatch
-from twostep.method.flow import add_noise, guide, sample_sigma, velocity_target
+from twostep.families.family import PromptBatch
+from twostep.families.zimage import ZImage
+from twostep.method.flow import add_noise, guide, velocity_target
+from twostep.method.schedule import Schedule
 from twostep.runtime.devices import plain_attention
 
 BATCH = 48
@@ -140,10 +142,10 @@ def train_base(
     torch.manual_seed(0)
     scenes = Scenes(work)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    field = as_velocity(new_transformer(width, layers)).to(device)
+    field = ZImage().as_velocity(new_transformer(width, layers)).to(device)
     text = TextEncoder(tokenizer, new_text_encoder(len(tokenizer)).to(device))
     occupancy_head = nn.Linear(width, len(OBJECTS) + 1).to(device)
-    modules: list[nn.Module] = [field.transformer, text.model, occupancy_head]
+    modules: list[nn.Module] = [field, text.model, occupancy_head]
     parameters = [p for module in modules for p in module.parameters()]
     optimizers = muon_and_adamw(modules)
     average = Average(parameters)
@@ -152,7 +154,7 @@ def train_base(
         work / "base.pt",
         minutes,
         {
-            "transformer": field.transformer,
+            "transformer": field,
             "text_encoder": text.model,
             "head": occupancy_head,
             "muon": optimizers[0],
@@ -168,7 +170,7 @@ def train_base(
         picks = scenes.draw(BATCH, rng)
         clean = scenes.latents[picks].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        sigma = sample_sigma(BATCH, SHIFT, generator).to(device)
+        sigma = Schedule.of(SHIFT).draw(BATCH, generator).to(device)
         with torch.autocast(device, torch.bfloat16), _attention(device):
             prompts = text(scenes.captions(picks, rng))
             out = forward(add_noise(clean, noise, sigma), sigma, prompts, (OCCUPANCY_LAYER,))
@@ -186,7 +188,7 @@ def train_base(
             run.values = {"flow": float(losses[0]), "occupancy": float(losses[1])}
 
     average.copy_to_parameters()
-    field.transformer.save_pretrained(work / "base")
+    field.save_pretrained(work / "base")
     text.model.save_pretrained(work / "text_encoder")
 
 
@@ -202,8 +204,8 @@ def distil_guidance(work: Path, minutes: float, device: str, compiled: bool) -> 
         tokenizer, Qwen3Model.from_pretrained(work / "text_encoder").float().to(device).eval()
     )
     base = ZImageTransformer2DModel.from_pretrained(work / "base", torch_dtype=torch.float32)
-    student = as_velocity(copy.deepcopy(base).to(device))
-    frozen = as_velocity(base.to(device)).requires_grad_(False)
+    student = ZImage().as_velocity(copy.deepcopy(base).to(device))
+    frozen = ZImage().as_velocity(base.to(device)).requires_grad_(False)
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=3e-4, betas=(0.9, 0.98), weight_decay=0.0)
     average = Average(parameters)
@@ -222,7 +224,7 @@ def distil_guidance(work: Path, minutes: float, device: str, compiled: bool) -> 
         picks = scenes.draw(BATCH, rng)
         clean = scenes.latents[picks].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        sigma = sample_sigma(BATCH, SHIFT, generator).clamp_min(0.02).to(device)
+        sigma = Schedule.of(SHIFT).draw(BATCH, generator).clamp_min(0.02).to(device)
         noisy = add_noise(clean, noise, sigma)
         with torch.autocast(device, torch.bfloat16), _attention(device):
             with torch.no_grad():

@@ -21,7 +21,8 @@ from timed_run import TimedRun, warm_then_linear
 from torch import Tensor
 
 from twostep.evaluation.metrics import peak_signal_to_noise
-from twostep.models.folder import Decoder, resolve
+from twostep.models.codec import Decoder
+from twostep.models.folder import ModelFolder
 
 BATCH = 32
 
@@ -60,7 +61,7 @@ def main(
     blocks: Annotated[str, typer.Option(help="at each resolution, low to high")] = "2,2,0",
 ) -> None:
     """Trains it and writes WORK/tiny-decoder."""
-    decoder = Decoder.load(resolve(teacher))
+    decoder = Decoder.load(ModelFolder.open(teacher).base)
     torch.manual_seed(0)
     tiny = new_tiny(channels, tuple(int(b) for b in blocks.split(",")))
     student = tiny.decoder.train().to(memory_format=torch.channels_last)

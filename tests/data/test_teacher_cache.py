@@ -13,16 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from twostep.data.cache.build import CacheError, TeacherCache, build, open_cache
+from twostep.data.cache.build import build, open_cache
+from twostep.data.cache.read import TeacherCache
+from twostep.data.cache.shards import CacheError
 from twostep.data.cache.spec import CacheSpec
 from twostep.data.prompts import PromptError, load_prompts
 from twostep.distill.batches import order_of
 from twostep.distill.order import Order
 from twostep.errors import RecipeError
-from twostep.families.zimage import PromptBatch
-from twostep.inference.sampler import Sampler, bind
-from twostep.method.flow import sigma_schedule
+from twostep.families.family import PromptBatch
+from twostep.inference.sampler import Sampler
 from twostep.method.rollout import euler
+from twostep.method.schedule import sigma_schedule
+from twostep.models.velocity import bind
 from twostep.recipe.schema import (
     Recipe,
 )
@@ -59,7 +62,7 @@ def test_trajectory_is_the_teachers_latents_at_the_second_noise_level(recipe: Re
     sigmas = sigma_schedule(4, 3.0)
     assert sigmas[2] == pytest.approx(0.75)
     with torch.no_grad():
-        field = bind(sampler.field, PromptBatch.collate(samples.embeds))
+        field = bind(sampler.velocities[0], PromptBatch.collate(samples.embeds))
         expected = euler(field, samples.noise, sigmas[:3])
     assert samples.trajectory is not None
     torch.testing.assert_close(samples.trajectory, expected, atol=1e-5, rtol=1e-5)
@@ -91,7 +94,7 @@ SIZES = {"other_sizes": [[32, 64], [64, 32]]}
 def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) -> None:
     recipe = make_recipe(data={**SIZES, "prompt_count": 13, "shard_size": 4})
     cache = open_cache(recipe)
-    plan, order = cache.plan, order_of(cache)
+    plan, order = cache.spec, order_of(cache)
     assert sorted(plan.prompts) == sorted(
         CacheSpec.of(make_recipe(data={"prompt_count": 13})).prompts
     )
@@ -170,7 +173,7 @@ def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(plan, sampler, on_samples=stop_in_second_shard)
+        build(plan, sampler, plan.shards, on_samples=stop_in_second_shard)
     assert shard(recipe, 0).exists()
     assert not shard(recipe, 1).exists()
     with pytest.raises(CacheError, match="run `twostep teach` first"):

@@ -17,7 +17,8 @@ from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.turns import ScoreTurn
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
-from twostep.families.zimage import Prediction, PromptBatch
+from twostep.families.family import PromptBatch
+from twostep.families.zimage import Prediction
 from twostep.method.flow import add_noise, velocity_target
 from twostep.recipe.schema import (
     Recipe,
@@ -41,7 +42,7 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
     trainer = trainer_of(recipe)
     modules = trainer.state.modules
     start = {n: [p.clone() for p in m.parameters()] for n, m in modules.items()}
-    history = [trainer._one_score_turn()["score/flow_matching"] for _ in range(30)]
+    history = [trainer.fit_score()["score/flow_matching"] for _ in range(30)]
     assert sum(history[-5:]) < 0.96 * sum(history[:5])
     for name, module in modules.items():
         moved = any(
@@ -60,9 +61,9 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
 def test_the_loss_is_flow_matching_on_the_teachers_images(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(score={"fit_turns": 2}))
     batch = trainer.batches.read(0, 0)
-    found = trainer.score_turn(batch, Draws(0, 0, "score", trainer.device)).loss
-    draws = Draws(0, 0, "score", trainer.device)
-    tau = draws.sigma(len(batch.latents), trainer.shift, trainer.recipe.losses.tau_range)
+    found = trainer.objectives.score(batch, Draws(0, 0, "score", device=trainer.device)).loss
+    draws = Draws(0, 0, "score", device=trainer.device)
+    tau = draws.sigma(len(batch.latents), trainer.schedule, trainer.recipe.losses.tau_range)
     noise = draws.normal_like(batch.latents)
     velocity = trainer.roles.teacher(add_noise(batch.latents, noise, tau), tau, batch.prompts)
     # The fit begins at the teacher's weights.
@@ -83,8 +84,8 @@ def test_dropped_captions_are_the_empty_one(make_recipe: Make) -> None:
     recipe, roles = trainer.recipe, replace(trainer.roles, score=watch)  # type: ignore[arg-type]
     drawn = 0
     for number in range(8):
-        turn = ScoreTurn(recipe, roles, trainer.shift)
-        turn(batch, Draws(0, number, "score", trainer.device))
+        turn = ScoreTurn(recipe, roles, trainer.schedule)
+        turn(batch, Draws(0, number, "score", device=trainer.device))
         prompts = seen[-1]
         for row in range(len(prompts)):
             own, empty = batch.prompts.embeds[row], batch.empty.embeds[row]
@@ -106,13 +107,13 @@ def test_resumed_in_the_fit_or_after_equals_the_uninterrupted_run(
     whole = trainer_of(recipe("whole"))
     whole.train()
     begun = trainer_of(recipe("parts"))
-    begun._describe_run()
+    begun.folder.describe(begun.recipe, "cpu")
     for _ in range(3 if stop_in == "fit" else 5):
-        begun._one_score_turn()
+        begun.fit_score()
     if stop_in == "turns":
-        begun._one_turn()
-    begun.state.save(begun.folder / "checkpoints", 2, begun.world)
-    resumed = Trainer(recipe("parts"))
+        begun.turn()
+    begun.state.save(begun.folder.checkpoints, 2, begun.world)
+    resumed = trainer_of(recipe("parts"))
     expected = (3, 0) if stop_in == "fit" else (5, 1)
     assert (resumed.progress.score_turn, resumed.progress.turn) == expected
     resumed.train()

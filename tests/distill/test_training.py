@@ -24,11 +24,13 @@ from twostep.distill.ema import Ema
 from twostep.distill.monitor import Monitor, read_metrics
 from twostep.distill.objectives.build import build_roles
 from twostep.distill.objectives.draws import Draws
-from twostep.distill.trainer import Interrupted, Trainer, TrainingStopped
+from twostep.distill.trainer import Interrupted, Trainer
+from twostep.distill.update import TrainingStopped
 from twostep.errors import RecipeError
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import Rollout
+from twostep.models.folder import ModelFolder
 from twostep.recipe.schema import (
     Recipe,
 )
@@ -43,9 +45,11 @@ def trainer_of(recipe: Recipe) -> Trainer:
 
 def gradients(trainer: Trainer, warming: bool = False) -> tuple[list, list]:
     batch = trainer.batches.read(0, 0)
-    draws = Draws(0, 0, "student", CPU)
+    draws = Draws(0, 0, "student", device=CPU)
     turn = (
-        trainer.student_turn.warmup(batch, draws) if warming else trainer.student_turn(batch, draws)
+        trainer.objectives.student.warmup(batch, draws)
+        if warming
+        else trainer.objectives.student(batch, draws)
     )
     trainer.state.optimizers["student"].zero_grad()
     turn.loss.backward()
@@ -80,8 +84,8 @@ def test_end_to_end_gradient_equals_finite_differences(make_recipe: Make) -> Non
     first = trainer.roles.first.parameters()
 
     def loss() -> torch.Tensor:
-        rollout = trainer.student_turn.rollout(
-            batch.noise.double(), batch.prompts, Draws(0, 0, "student", CPU)
+        rollout = trainer.objectives.student.rollout(
+            batch.noise.double(), batch.prompts, Draws(0, 0, "student", device=CPU)
         )
         return rollout.clean2.square().mean()
 
@@ -102,12 +106,18 @@ def test_end_to_end_gradient_equals_finite_differences(make_recipe: Make) -> Non
 
 
 def test_shared_steps_are_one_and_decoupled_steps_are_two(make_recipe: Make) -> None:
-    shared = build_roles(make_recipe("s", student={"parameters": "shared"}), CPU)
+    shared = build_roles(
+        make_recipe("s", student={"parameters": "shared"}),
+        ModelFolder.open(make_recipe("s", student={"parameters": "shared"}).teacher.model),
+        device=CPU,
+    )
     assert shared.first is shared.second
     ids = {id(p) for p in shared.student_parameters()}
     assert len(ids) == len(shared.first.parameters())
 
-    roles = build_roles(make_recipe("d"), CPU)
+    roles = build_roles(
+        make_recipe("d"), ModelFolder.open(make_recipe("d").teacher.model), device=CPU
+    )
     mine = {p.data_ptr() for p in roles.first.parameters()}
     assert mine.isdisjoint(p.data_ptr() for p in roles.second.parameters())
     before = [p.clone() for p in roles.second.parameters()]
@@ -138,11 +148,11 @@ def test_consistency_compares_neighbours_along_the_teachers_steps(make_recipe: M
         )
         trainer = trainer_of(recipe)
         batch = trainer.batches.read(0, 0)
-        values[steps] = trainer.student_turn(batch, Draws(0, 0, "student", CPU)).loss
-        assert not trainer.critic_turn(batch, Draws(0, 0, "critic", CPU)).terms
+        values[steps] = trainer.objectives.student(batch, Draws(0, 0, "student", device=CPU)).loss
+        assert not trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU)).terms
     assert values[1].item() == 0
 
-    draws, teacher = Draws(0, 0, "student", CPU), trainer.roles.teacher
+    draws, teacher = Draws(0, 0, "student", device=CPU), trainer.roles.teacher
     sigmas = [(1.0, 0.75), (0.75, 0.0)]
     chosen = torch.tensor([sigmas[i] for i in draws.integers(len(batch.noise), 2)])
     sigma, below = (c.view(-1, 1, 1, 1) for c in chosen.unbind(1))
@@ -159,17 +169,35 @@ def test_consistency_compares_neighbours_along_the_teachers_steps(make_recipe: M
 
 def test_a_student_can_start_from_another(make_recipe: Make) -> None:
     folder = trainer_of(make_recipe("begun")).train()
-    roles = build_roles(make_recipe("next", student={"init": str(folder)}), CPU)
+    roles = build_roles(
+        make_recipe("next", student={"init": str(folder)}),
+        ModelFolder.open(make_recipe("next", student={"init": str(folder)}).teacher.model),
+        device=CPU,
+    )
     for name, role in (("transformer", roles.first), ("transformer_2", roles.second)):
         weights = load_file(folder / name / "diffusion_pytorch_model.safetensors")
         own = role.transformer().state_dict()
         assert all(torch.equal(own[key], value.float()) for key, value in weights.items())
     with pytest.raises(RecipeError, match=r"two steps of .* differ"):
-        build_roles(make_recipe(student={"init": str(folder), "parameters": "shared"}), CPU)
+        build_roles(
+            make_recipe(student={"init": str(folder), "parameters": "shared"}),
+            ModelFolder.open(
+                make_recipe(student={"init": str(folder), "parameters": "shared"}).teacher.model
+            ),
+            device=CPU,
+        )
     with pytest.raises(RecipeError, match="is no student of this teacher"):
-        build_roles(make_recipe(student={"init": "zoo:emoji-student"}), CPU)
+        build_roles(
+            make_recipe(student={"init": "zoo:emoji-student"}),
+            ModelFolder.open(make_recipe(student={"init": "zoo:emoji-student"}).teacher.model),
+            device=CPU,
+        )
     with pytest.raises(RecipeError, match="is no two-step student"):
-        build_roles(make_recipe(student={"init": "zoo:emoji-teacher"}), CPU)
+        build_roles(
+            make_recipe(student={"init": "zoo:emoji-teacher"}),
+            ModelFolder.open(make_recipe(student={"init": "zoo:emoji-teacher"}).teacher.model),
+            device=CPU,
+        )
 
 
 def test_distribution_matching_gradient_is_zero_when_the_fake_is_the_score(
@@ -212,7 +240,7 @@ def test_critic_turn_trains_fakes_and_heads_and_nothing_else(make_recipe: Make) 
     trainer = trainer_of(make_recipe(critic={"r1": 0.1}))
     modules = trainer.state.modules
     before = {n: [p.clone() for p in m.parameters()] for n, m in modules.items()}
-    trainer._critic_step()
+    trainer.critic_step()
     for name, module in modules.items():
         moved = any(
             not torch.equal(a, b) for a, b in zip(before[name], module.parameters(), strict=True)
@@ -226,28 +254,28 @@ def test_the_critics_fakes_come_from_the_reals_noise(
 ) -> None:
     trainer = trainer_of(make_recipe(critic={"paired": paired}))
     batch = trainer.batches.read(0, 0)
-    rollout, seen = trainer.student_turn.rollout, []
+    rollout, seen = trainer.objectives.student.rollout, []
 
     def spy(noise: torch.Tensor, *rest: Any) -> Any:
         seen.append(noise)
         return rollout(noise, *rest)
 
-    monkeypatch.setattr(trainer.student_turn, "rollout", spy)
-    trainer.critic_turn(batch, Draws(0, 0, "critic", CPU))
+    monkeypatch.setattr(trainer.objectives.student, "rollout", spy)
+    trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU))
     assert torch.equal(seen[0], batch.noise) == paired
     # A student that makes the teacher's own pictures cannot be told from it.
     perfect = Rollout(batch.latents, batch.noise, batch.latents)
-    monkeypatch.setattr(trainer.student_turn, "rollout", lambda *_: perfect)
-    terms = trainer.critic_turn(batch, Draws(0, 0, "critic", CPU)).terms
+    monkeypatch.setattr(trainer.objectives.student, "rollout", lambda *_: perfect)
+    terms = trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU)).terms
     assert terms["critic/accuracy"] == 0.5
 
 
 def test_student_turn_leaves_fakes_and_heads_alone(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(losses={"warmup_turns": 0}))
     modules = trainer.state.modules
-    trainer._critic_step()
+    trainer.critic_step()
     before = {n: [p.clone() for p in m.parameters()] for n, m in modules.items()}
-    trainer._student_step(warming=False)
+    trainer.student_step(warming=False)
     for name, module in modules.items():
         moved = any(
             not torch.equal(a, b) for a, b in zip(before[name], module.parameters(), strict=True)
@@ -260,7 +288,7 @@ def test_fakes_and_critic_get_their_own_warm_up_once(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(losses={"warmup_turns": 1}, training=training))
     taken = []
     for _ in range(4):
-        trainer._one_turn()
+        trainer.turn()
         taken.append(trainer.progress.critic_turn)
     assert taken == [0, 7, 9, 11]
 
@@ -274,7 +302,7 @@ def test_rates_fall_over_the_warm_up_and_at_the_end(make_recipe: Make) -> None:
     seen = []
     for turn in range(10):
         trainer.progress.turn = turn
-        trainer._set_rates()
+        trainer.set_rates()
         seen.append(trainer.state.optimizers["student"].param_groups[0]["lr"] / 1e-4)
     expected = [5, 4, 3, 2, 1, 1, 1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.5, 0.1 + 0.9 * 0.25]
     assert seen == pytest.approx(expected)
@@ -286,7 +314,7 @@ def test_rates_fall_over_the_warm_up_and_at_the_end(make_recipe: Make) -> None:
 def test_fake_follows_the_student(make_recipe: Make) -> None:
     """Flow matching on a frozen student's samples brings the fake's loss down."""
     trainer = trainer_of(make_recipe(fake={"learning_rate": 2e-3}, training={"batch_size": 8}))
-    history = [float(trainer._critic_step()["fake/step2"]) for _ in range(60)]
+    history = [float(trainer.critic_step()["fake/step2"]) for _ in range(60)]
     assert sum(history[-10:]) < 0.8 * sum(history[:10])
 
 
@@ -299,7 +327,7 @@ def test_warmup_regresses_on_the_teacher(make_recipe: Make) -> None:
                 training={"turns": 40, "learning_rate": 2e-3, "batch_size": 8},
             )
         )
-        history = [trainer._one_turn()["final/warmup"] for _ in range(40)]
+        history = [trainer.turn()["final/warmup"] for _ in range(40)]
         assert sum(history[-5:]) < 0.9 * sum(history[:5])
 
 
@@ -357,7 +385,9 @@ def test_pipeline_image_equals_the_trainers_rollout(make_recipe: Make) -> None:
         from twostep.families.zimage import PromptBatch
 
         prompts = PromptBatch.collate(samples.embeds)
-        rollout = trainer.student_turn.rollout(samples.noise, prompts, Draws(0, 0, "student", CPU))
+        rollout = trainer.objectives.student.rollout(
+            samples.noise, prompts, Draws(0, 0, "student", device=CPU)
+        )
     pipe = TwoStepPipeline.from_pretrained(student)
     result = pipe(
         prompt_embeds=samples.embeds,
@@ -410,8 +440,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 def test_another_recipe_cannot_go_on_with_a_run(make_recipe: Make) -> None:
     trainer_of(make_recipe()).train()
     with pytest.raises(RecipeError, match=r"training.learning_rate was 0.0001, is 0.001"):
-        Trainer(make_recipe(training={"learning_rate": 1e-3}))
-    Trainer(make_recipe(training={"turns": 8}))  # longer is the same run
+        trainer_of(make_recipe(training={"learning_rate": 1e-3}))
+    trainer_of(make_recipe(training={"turns": 8}))  # longer is the same run
 
 
 def test_damaged_checkpoint_is_named(make_recipe: Make) -> None:
@@ -434,8 +464,8 @@ def test_a_checkpoint_written_meanwhile_is_of_the_turn_that_asked_for_it(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(make_recipe())
-    state, folder = trainer.state, trainer.folder / "checkpoints"
-    trainer._one_turn()
+    state, folder = trainer.state, trainer.folder.checkpoints
+    trainer.turn()
     asked = {key: value.clone() for key, value in state._tensors().items()}
     let_go, save_file = threading.Event(), tensor_files.save_file
 
@@ -445,12 +475,12 @@ def test_a_checkpoint_written_meanwhile_is_of_the_turn_that_asked_for_it(
 
     monkeypatch.setattr(tensor_files, "save_file", slowly)
     state.save(folder, 2, trainer.world, background=True)
-    trainer._one_turn()
+    trainer.turn()
     state.settle(trainer.world)
     assert list_checkpoints(folder) == []
     let_go.set()
     state.settle(trainer.world, wait=True)
-    saved = weights(trainer.folder)
+    saved = weights(trainer.folder.path)
     assert saved.keys() == asked.keys()
     assert all(torch.equal(saved[key], value) for key, value in asked.items())
     moved = state._tensors()
@@ -466,7 +496,7 @@ def test_a_write_that_failed_meanwhile_is_told(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(tensor_files, "save_file", fail)
-    folder = trainer.folder / "checkpoints"
+    folder = trainer.folder.checkpoints
     trainer.state.save(folder, 2, trainer.world, background=True)
     with pytest.raises(OSError, match="no space left"):
         trainer.state.settle(trainer.world, wait=True)
@@ -476,7 +506,7 @@ def test_a_write_that_failed_meanwhile_is_told(
 def test_non_finite_turns_are_skipped_counted_and_end_the_run(make_recipe: Make) -> None:
     recipe = make_recipe(training={"max_non_finite": 2})
     trainer = trainer_of(recipe)
-    trainer._student_step(warming=True)
+    trainer.student_step(warming=True)
     before = [p.clone() for p in trainer.roles.student_parameters()]
     healthy = trainer.cache.read
 
@@ -487,15 +517,15 @@ def test_non_finite_turns_are_skipped_counted_and_end_the_run(make_recipe: Make)
 
     trainer.cache.read = poisoned  # type: ignore[method-assign]
     for _ in range(2):
-        trainer._student_step(warming=True)
+        trainer.student_step(warming=True)
     assert trainer.progress.skipped == 2
     assert all(
         torch.equal(a, b) for a, b in zip(before, trainer.roles.student_parameters(), strict=True)
     )
     with pytest.raises(TrainingStopped, match="3 times in a row"):
-        trainer._student_step(warming=True)
+        trainer.student_step(warming=True)
     trainer.cache.read = healthy  # type: ignore[method-assign]
-    trainer._student_step(warming=True)
+    trainer.student_step(warming=True)
     assert trainer.progress.skipped_in_a_row == 0
 
 
@@ -529,7 +559,7 @@ def test_signal_saves_and_the_run_goes_on(make_recipe: Make, tmp_path: Path) -> 
 
 def test_interrupt_inside_this_process(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe())
-    original, calls = trainer._one_turn, []
+    original, calls = trainer.turn, []
 
     def turn() -> dict[str, float]:
         calls.append(1)
@@ -537,10 +567,10 @@ def test_interrupt_inside_this_process(make_recipe: Make) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return original()
 
-    trainer._one_turn = turn  # type: ignore[method-assign]
+    trainer.turn = turn  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="SIGINT at turn 2"):
         trainer.train()
-    assert Trainer(trainer.recipe).progress.turn == 2
+    assert Trainer(trainer.recipe, trainer.cache).progress.turn == 2
 
 
 def test_best_checkpoint_is_kept_not_the_last(make_recipe: Make) -> None:
@@ -555,9 +585,9 @@ def test_best_checkpoint_is_kept_not_the_last(make_recipe: Make) -> None:
     def validate(validator, draw: bool) -> dict[str, float]:
         validator.measure = FakeSeen
         kept[trainer.progress.turn] = [v.clone() for v in trainer.state.ema.values]
-        return Trainer._validate(trainer, validator, draw=False)
+        return Trainer.validate(trainer, validator, draw=False)
 
-    trainer._validate = validate  # type: ignore[method-assign]
+    trainer.validate = validate  # type: ignore[method-assign]
     trainer.train()
     assert trainer.progress.best_turn == 2
     assert all(torch.equal(a, b) for a, b in zip(kept[2], trainer.state.ema.values, strict=True))
@@ -590,7 +620,7 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     assert torch.equal(batch.reals, latents)
     assert embeds is not None
     assert batch.real_prompts.lengths.tolist() == [len(e) for e in embeds]
-    captioned._critic_step()
+    captioned.critic_step()
     (folder / "metadata.jsonl").write_text(lines[0])
     with pytest.raises(RecipeError, match=r"metadata.jsonl has no caption for '1\.png'"):
         trainer_of(make_recipe("partly", data={"reals": str(folder)}))

@@ -24,9 +24,10 @@ from twostep.evaluation.image_store import Contender, ImageStore, make_images
 from twostep.evaluation.latency import measure_latency
 from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.scorers import load_scorer, quoted_text, text_similarity
-from twostep.inference.pipeline import save_student
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
+from twostep.method.schedule import Schedule
+from twostep.models.student import save_student
 from twostep.runtime.memory_meter import weight_bytes
 
 runner = CliRunner()
@@ -43,7 +44,7 @@ def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             model.all_final_layer["2-1"].linear.weight.mul_(scale)
         parts.append(model)
     folder = tmp_path_factory.mktemp("students") / "student"
-    save_student(tiny_folder, parts[0], parts[1], Schedule(3.0, 0.75), folder)
+    save_student(tiny_folder, parts[0], parts[1], schedule=Schedule(3.0, 0.75), folder=folder)
     return folder
 
 

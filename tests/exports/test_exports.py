@@ -14,19 +14,18 @@ from typer.testing import CliRunner
 
 from tiny import random_transformer
 from twostep.cli import app
-from twostep.errors import ModelError
-from twostep.exports.combine import average
+from twostep.errors import InputError, ModelError
+from twostep.exports.combine import assemble, average
 from twostep.exports.comfyui import allows_fp16, to_comfyui, workflow
 from twostep.exports.lora import low_rank_difference, rank_for
-from twostep.exports.registry import (
-    assemble,
-    export,
-)
-from twostep.families.zimage import PromptBatch
-from twostep.inference.pipeline import STANDALONE, TwoStepPipeline, save_student
+from twostep.exports.registry import ExportOptions, export
+from twostep.families.family import PromptBatch
+from twostep.inference.pipeline import STANDALONE, TwoStepPipeline
 from twostep.inference.sampler import Sampler
-from twostep.method.rollout import TwoStep, seeded_noise
+from twostep.method.rollout import seeded_noise
+from twostep.method.schedule import Schedule
 from twostep.models.locate import ZOO
+from twostep.models.student import save_student
 
 NOISE = seeded_noise([3], (8, 8, 8))
 
@@ -47,7 +46,14 @@ def nudged(seed: int, rank: int = 2) -> ZImageTransformer2DModel:
 @pytest.fixture(scope="module")
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports") / "student"
-    save_student(tiny_folder, nudged(1), nudged(2), Schedule(3.0, 0.75), folder, torch.float32)
+    save_student(
+        tiny_folder,
+        nudged(1),
+        nudged(2),
+        schedule=Schedule(3.0, 0.75),
+        folder=folder,
+        dtype=torch.float32,
+    )
     return folder
 
 
@@ -114,9 +120,9 @@ def test_comfyui_warns_of_norms_that_rule_out_fp16() -> None:
 
 
 def test_comfyui_refuses_what_its_samplers_do_not_run(tiny_folder: Path, tmp_path: Path) -> None:
-    for schedule in (TwoStep(0.6), Schedule(3.0, 0.75, "renoise")):
+    for schedule in (Schedule(3.0, 0.6), Schedule(3.0, 0.75, "renoise")):
         folder = tmp_path / "student"
-        save_student(tiny_folder, nudged(1), nudged(2), schedule, folder)
+        save_student(tiny_folder, nudged(1), nudged(2), schedule=schedule, folder=folder)
         with pytest.raises(
             ModelError, match=r"stock samplers run Euler steps at sigma 1 and 0\.75"
         ):
@@ -165,8 +171,10 @@ def test_lora_export_compares_pictures_with_the_students(
     student: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     arguments = {"teacher": str(tiny_folder), "check": ["a dog", "a cat"], "size": (32, 32)}
-    good = export(str(student), "lora", tmp_path / "good", energy=0.999999, **arguments)
-    poor = export(str(student), "lora", tmp_path / "poor", rank=1, **arguments)
+    good = export(
+        str(student), "lora", tmp_path / "good", ExportOptions(energy=0.999999, **arguments)
+    )
+    poor = export(str(student), "lora", tmp_path / "poor", ExportOptions(rank=1, **arguments))
     ratios = [float(re.search(r"ratio (-?[\d.]+) dB", lines[-1])[1]) for lines in (good, poor)]
     assert ratios[0] > ratios[1] + 10
     assert "rank 2 keeps 100.0%" in good[0]
@@ -177,7 +185,7 @@ def test_lora_card_runs_both_steps_with_stock_diffusers(
     student: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "lora"
-    lines = export(str(student), "lora", out, str(tiny_folder), rank=4)
+    lines = export(str(student), "lora", out, ExportOptions(teacher=str(tiny_folder), rank=4))
     assert all("keeps 100.0%" in line for line in lines)
     card = (out / "README.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
@@ -201,7 +209,12 @@ def test_lora_card_runs_both_steps_with_stock_diffusers(
 
 
 def test_lora_card_names_a_folder_that_diffusers_can_open(tmp_path: Path) -> None:
-    export("zoo:emoji-student", "lora", tmp_path / "out", "zoo:emoji-teacher", rank=1)
+    export(
+        "zoo:emoji-student",
+        "lora",
+        tmp_path / "out",
+        ExportOptions(teacher="zoo:emoji-teacher", rank=1),
+    )
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f'from_pretrained("{ZOO / "emoji-teacher"}")' in card
 
@@ -209,9 +222,9 @@ def test_lora_card_names_a_folder_that_diffusers_can_open(tmp_path: Path) -> Non
 def test_lora_files_are_assembled_into_a_student_again(
     student: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    export(str(student), "lora", tmp_path / "lora", str(tiny_folder), rank=4)
+    export(str(student), "lora", tmp_path / "lora", ExportOptions(teacher=str(tiny_folder), rank=4))
     first, second = (str(tmp_path / "lora" / f"{n}.safetensors") for n in ("first", "second"))
-    assemble(str(tiny_folder), first, second, tmp_path / "again")
+    assemble(str(tiny_folder), first, second, out=tmp_path / "again")
     torch.testing.assert_close(images(tmp_path / "again"), images(student), atol=5e-3, rtol=5e-3)
 
 
@@ -220,14 +233,19 @@ def test_lora_files_are_assembled_into_a_student_again(
 
 def test_torch_programs_take_the_steps_of_the_student(student: Path, tmp_path: Path) -> None:
     sampler = Sampler.load(str(student))
-    export(str(student), "torch", tmp_path / "out", size=(32, 32), batch_size=2, caption_tokens=32)
+    export(
+        str(student),
+        "torch",
+        tmp_path / "out",
+        ExportOptions(size=(32, 32), batch_size=2, caption_tokens=32),
+    )
     about = json.loads((tmp_path / "out" / "program.json").read_text(encoding="utf-8"))
     assert about["inputs"]["latents"]["shape"] == [2, 8, 8, 8]
     prompts = ["a dog", "two cats"]
     batch = PromptBatch.collate(sampler.encoder.encode(prompts))
     noise = seeded_noise([1, 2], (8, 8, 8))
     latents, velocity = noise, None
-    for name, field in (("first", sampler.field), ("second", sampler.second)):
+    for name, field in (("first", sampler.velocities[0]), ("second", sampler.velocities[1])):
         program = torch.export.load(tmp_path / "out" / f"{name}.pt2").module()
         sigma = torch.full((2,), about["sigma"][name])
         if velocity is not None:
@@ -248,8 +266,9 @@ def test_torch_programs_take_the_steps_of_the_student(student: Path, tmp_path: P
 def test_torch_programs_refuse_shapes(
     student: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
-    with pytest.raises(ModelError, match=message):
-        export(str(student), "torch", tmp_path / "out", **({"size": (32, 32)} | changes))
+    with pytest.raises((InputError, ModelError), match=message):
+        options = ExportOptions(**({"size": (32, 32)} | changes))
+        export(str(student), "torch", tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
 
 
@@ -280,7 +299,7 @@ def test_diffusers_export_carries_a_card_with_recipe_and_figures(
 
 def test_two_folders_make_a_student(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
     first, second = str(student / "transformer"), str(student / "transformer_2")
-    assemble(str(tiny_folder), first, second, tmp_path / "made")
+    assemble(str(tiny_folder), first, second, out=tmp_path / "made")
     assert torch.equal(images(tmp_path / "made"), images(student))
 
 
@@ -295,7 +314,7 @@ def test_mistakes(
     student: Path, tmp_path: Path, target: str, teacher: str | None, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        export(str(student), target, tmp_path / "out", teacher)
+        export(str(student), target, tmp_path / "out", ExportOptions(teacher=teacher))
 
 
 def test_a_teacher_is_no_student(tiny_folder: Path, tmp_path: Path) -> None:
@@ -316,8 +335,22 @@ def test_average_is_the_mean_of_each_steps_weights(
     student: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     other, third = tmp_path / "other", tmp_path / "third"
-    save_student(tiny_folder, nudged(3), nudged(4), Schedule(3.0, 0.75), other, torch.float32)
-    save_student(tiny_folder, nudged(5), nudged(6), Schedule(3.0, 0.75), third, torch.float32)
+    save_student(
+        tiny_folder,
+        nudged(3),
+        nudged(4),
+        schedule=Schedule(3.0, 0.75),
+        folder=other,
+        dtype=torch.float32,
+    )
+    save_student(
+        tiny_folder,
+        nudged(5),
+        nudged(6),
+        schedule=Schedule(3.0, 0.75),
+        folder=third,
+        dtype=torch.float32,
+    )
     out = tmp_path / "mean"
     names = [str(folder) for folder in (student, other, third)]
     result = CliRunner().invoke(app, ["average", *names, "--out", str(out)])
@@ -331,7 +364,7 @@ def test_average_is_the_mean_of_each_steps_weights(
             torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-6)
     assert not torch.equal(images(out), images(student))
     twice = tmp_path / "twice"
-    average([str(student), str(student)], twice)
+    average([str(student), str(student)], out=twice)
     assert torch.equal(images(twice), images(student))
 
 
@@ -339,13 +372,20 @@ def test_students_that_do_not_fit_together_are_named(
     student: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    save_student(tiny_folder, nudged(3), nudged(4), TwoStep(0.6), other, torch.float32)
+    save_student(
+        tiny_folder,
+        nudged(3),
+        nudged(4),
+        schedule=Schedule(3.0, 0.6),
+        folder=other,
+        dtype=torch.float32,
+    )
     with pytest.raises(ModelError, match="two at least, got 1"):
-        average([str(student)], tmp_path / "out")
+        average([str(student)], out=tmp_path / "out")
     with pytest.raises(ModelError, match="student differ in their schedule"):
-        average([str(student), str(other)], tmp_path / "out")
+        average([str(student), str(other)], out=tmp_path / "out")
     with pytest.raises(ModelError, match="no two-step student"):
-        average([str(student), str(tiny_folder)], tmp_path / "out")
+        average([str(student), str(tiny_folder)], out=tmp_path / "out")
     with pytest.raises(ModelError, match="is not empty"):
-        average([str(student), str(student)], student)
+        average([str(student), str(student)], out=student)
     assert not (tmp_path / "out").exists()

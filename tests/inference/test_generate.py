@@ -14,15 +14,17 @@ from typer.testing import CliRunner
 
 from tiny import random_transformer
 from twostep.cli import app
-from twostep.errors import InputError
+from twostep.errors import InputError, ModelError
 from twostep.inference.compare import compare, parse_model
 from twostep.inference.generate import (
     generate,
     parse_size,
     read_prompts,
 )
-from twostep.inference.pipeline import TwoStepPipeline, save_student
+from twostep.inference.pipeline import TwoStepPipeline
 from twostep.method.rollout import seeded_noise
+from twostep.method.schedule import Schedule
+from twostep.models.student import save_student
 from twostep.runtime.images import labelled_rows, tile, to_pil
 
 SIZE = (32, 32)
@@ -32,7 +34,9 @@ SIZE = (32, 32)
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generate") / "student"
     parts = (random_transformer(1), random_transformer(2))
-    save_student(tiny_folder, *parts, Schedule(3.0, 0.75), folder, torch.float32)
+    save_student(
+        tiny_folder, *parts, schedule=Schedule(3.0, 0.75), folder=folder, dtype=torch.float32
+    )
     return folder
 
 
@@ -83,9 +87,9 @@ def test_other_weights_make_other_pictures(
         tiny_folder,
         random_transformer(1),
         random_transformer(3),
-        Schedule(3.0, 0.75),
-        other,
-        torch.float32,
+        schedule=Schedule(3.0, 0.75),
+        folder=other,
+        dtype=torch.float32,
     )
     next(generate(["a dog"], str(student), tmp_path / "out", size=SIZE))
     again = next(generate(["a dog"], str(other), tmp_path / "out", size=SIZE))
@@ -106,7 +110,7 @@ def test_bad_arguments_are_named(student: Path, tiny_folder: Path, tmp_path: Pat
         next(generate(["x"], str(student), tmp_path, size=(30, 32)))
     with pytest.raises(InputError, match="must not be empty"):
         next(generate(["x", " "], str(student), tmp_path, size=SIZE))
-    with pytest.raises(InputError, match="is no two-step student"):
+    with pytest.raises(ModelError, match="is no two-step student"):
         next(generate(["x"], str(tiny_folder), tmp_path, size=SIZE, preview=True))
 
 

@@ -15,17 +15,23 @@ from safetensors.torch import load_file
 
 from tiny import random_transformer
 from twostep.errors import ModelError
-from twostep.inference.pipeline import TwoStepPipeline, save_student
-from twostep.inference.sampler import Sampler, read_two_step
-from twostep.method.flow import sigma_schedule
-from twostep.method.rollout import TwoStep, seeded_noise
+from twostep.inference.pipeline import TwoStepPipeline
+from twostep.inference.sampler import Sampler
+from twostep.method.rollout import seeded_noise
+from twostep.method.schedule import Schedule
+from twostep.models.folder import ModelFolder
+from twostep.models.student import save_student
 
 
 @pytest.fixture(scope="module")
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("students") / "student"
     save_student(
-        tiny_folder, random_transformer(1), random_transformer(2), Schedule(3.0, 0.75), folder
+        tiny_folder,
+        random_transformer(1),
+        random_transformer(2),
+        schedule=Schedule(3.0, 0.75),
+        folder=folder,
     )
     return folder
 
@@ -46,7 +52,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_schedule_is_the_folders(student: Path, pipe: TwoStepPipeline) -> None:
-    assert read_two_step(student) == TwoStep(sigma_schedule(2, 3.0)[1])
+    assert ModelFolder.open(student).schedule() == Schedule.of(3.0)
     assert pipe.config.step2_sigma == 0.75
 
 
@@ -59,8 +65,8 @@ def test_both_transformers_act(student: Path, tiny_folder: Path, tmp_path: Path)
             tiny_folder,
             random_transformer(first),
             random_transformer(second),
-            Schedule(3.0, 0.75),
-            other,
+            schedule=Schedule(3.0, 0.75),
+            folder=other,
         )
         results.append(call(TwoStepPipeline.from_pretrained(other), latents=noise).images)
     assert (results[0] - results[1]).abs().max() > 0.1
@@ -72,7 +78,7 @@ def test_saved_again_it_is_the_same(pipe: TwoStepPipeline, tmp_path: Path) -> No
     again = TwoStepPipeline.from_pretrained(tmp_path / "again")
     noise = seeded_noise([5], (8, 8, 8))
     close(call(pipe, latents=noise).images, call(again, latents=noise).images)
-    assert read_two_step(tmp_path / "again") == Schedule(3.0, 0.75)
+    assert ModelFolder.open(tmp_path / "again").schedule() == Schedule(3.0, 0.75)
 
 
 def test_plain_pipeline_refuses_a_student_instead_of_dropping_its_second_step(
@@ -102,8 +108,10 @@ def test_folder_runs_without_this_package(
 ) -> None:
     """In a process that cannot import twostep: its images equal ours."""
     folder, out = tmp_path / "student", tmp_path / "out.safetensors"
-    schedule = TwoStep(0.6, transition)
-    save_student(tiny_folder, random_transformer(1), random_transformer(2), schedule, folder)
+    schedule = Schedule(3.0, 0.6, transition)
+    save_student(
+        tiny_folder, random_transformer(1), random_transformer(2), schedule=schedule, folder=folder
+    )
     TwoStepPipeline.from_pretrained(folder).save_pretrained(folder)  # our own saving keeps it so
     code = f"""
 import sys

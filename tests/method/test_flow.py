@@ -1,31 +1,9 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from twostep.method import flow
-
-Z_IMAGE_TURBO_8 = [1, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0]
-
-
-def test_schedules_of_z_image_turbo() -> None:
-    assert flow.sigma_schedule(8, 3.0) == pytest.approx(Z_IMAGE_TURBO_8)
-    assert flow.sigma_schedule(4, 3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert flow.sigma_schedule(2, 3.0) == pytest.approx([1, 0.75, 0])
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4, 8, 30])
-def test_schedule_is_what_diffusers_uses(steps: int) -> None:
-    ours = flow.sigma_schedule(steps, 3.0)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(sigmas=flow.pre_shift_sigmas(ours, 3.0))
-    assert scheduler.sigmas.tolist() == pytest.approx(ours, abs=1e-6)
-
-
-def test_zero_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        flow.sigma_schedule(0, 3.0)
 
 
 def test_shift_and_its_inverse() -> None:
@@ -60,15 +38,3 @@ def test_guidance_zero_is_none_and_one_doubles_the_difference() -> None:
     torch.testing.assert_close(
         flow.guide(conditional, unconditional, 1.0), 2 * conditional - unconditional
     )
-
-
-def test_sampled_sigmas_follow_the_shifted_uniform_distribution() -> None:
-    generator = torch.Generator().manual_seed(0)
-    sigma = flow.sample_sigma(20_000, 3.0, generator)
-    # P(sigma <= s) is the inverse shift of s.
-    for s in (0.3, 0.5, 0.75, 0.9):
-        expected = flow.unshift_sigma(s, 3.0)
-        assert (sigma <= s).float().mean().item() == pytest.approx(float(expected), abs=0.015)
-    bounded = flow.sample_sigma(1000, 3.0, generator, low=0.1, high=0.4)
-    assert bounded.min() >= 0.1
-    assert bounded.max() <= 0.4

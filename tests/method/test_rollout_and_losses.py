@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
 from twostep.method import losses
-from twostep.method.flow import sigma_schedule
-from twostep.method.rollout import euler, guided, seeded_noise, two_step
+from twostep.method.rollout import euler, first_step, guided, second_step, seeded_noise, two_step
+from twostep.method.schedule import Schedule, sigma_schedule
 
 SCHEDULE = Schedule(3.0, 0.75)
 SHAPE = (5, 2, 4, 4)
@@ -54,10 +55,22 @@ def test_clean1_is_where_step_1_points() -> None:
 def test_renoise_puts_fresh_noise_on_clean1() -> None:
     fresh = torch.randn(SHAPE, dtype=torch.float64)
     schedule = Schedule(3.0, 0.75, "renoise")
-    rollout = two_step(Field(0), Field(1), noise(), schedule, transition_noise=fresh)
+    rollout = two_step(Field(0), Field(1), noise(), schedule, lambda _: fresh)
     torch.testing.assert_close(rollout.latents2, 0.25 * rollout.clean1 + 0.75 * fresh)
-    with pytest.raises(ValueError, match="transition_noise"):
-        two_step(Field(0), Field(1), noise(), schedule)
+    # Left to itself, an image's fresh noise follows from its own noise, whatever its batch.
+    alone = two_step(Field(0), Field(1), noise()[1:], schedule)
+    together = two_step(Field(0), Field(1), noise(), schedule)
+    torch.testing.assert_close(alone.latents2, together.latents2[1:])
+
+
+@pytest.mark.parametrize("transition", ["euler", "renoise"])
+def test_two_halves_are_the_whole(transition: Literal["euler", "renoise"]) -> None:
+    first, second, schedule = Field(0), Field(1), Schedule(3.0, 0.6, transition)
+    between = first_step(first, noise(), schedule)
+    whole = two_step(first, second, noise(), schedule)
+    assert torch.equal(between.clean1, whole.clean1)
+    assert torch.equal(between.latents2, whole.latents2)
+    assert torch.equal(second_step(second, between.latents2, schedule), whole.clean2)
 
 
 @pytest.mark.parametrize("transition", ["euler", "renoise"])
@@ -66,11 +79,11 @@ def test_cut_gradient_is_zero_and_end_to_end_gradient_is_right(transition: str) 
     schedule = Schedule(3.0, 0.75, transition)  # type: ignore[arg-type]
 
     def final_loss(first: Field, end_to_end: bool) -> torch.Tensor:
-        rollout = two_step(first, Field(1), noise(), schedule, end_to_end, fresh)
+        rollout = two_step(first, Field(1), noise(), schedule, lambda _: fresh, end_to_end)
         return rollout.clean2.square().mean()
 
     cut = Field(0)
-    rollout = two_step(cut, Field(1), noise(), schedule, False, fresh)
+    rollout = two_step(cut, Field(1), noise(), schedule, lambda _: fresh, False)
     (rollout.clean2.square().mean() + 0 * rollout.clean1.sum()).backward()
     assert torch.equal(cut.weight.grad, torch.zeros_like(cut.weight))
 

@@ -12,22 +12,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tiny import TEXT_WIDTH, random_transformer
+from tiny import TEXT_WIDTH, as_velocity, random_transformer
 from twostep.data.cache.build import open_cache
 from twostep.distill.checkpoint import list_checkpoints
-from twostep.distill.objectives.roles import bind_role
+from twostep.distill.objectives.roles import Role
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
-from twostep.families.zimage import PromptBatch
+from twostep.families.family import PromptBatch
+from twostep.families.zimage import ZImage
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import two_step
-from twostep.models.adapters import AdapterRole, SharedBackbone
+from twostep.method.schedule import Schedule
+from twostep.models.adapters import SharedBackbone
+from twostep.models.compiling import compile_blocks
 from twostep.models.int8 import Int8Linear
+from twostep.models.velocity import bind
 from twostep.recipe.schema import (
     Recipe,
     Student,
 )
-from twostep.runtime.devices import compile_blocks
 
 NAMES = ["first", "second", "fake1", "fake2"]
 TARGETS = Student().target_modules
@@ -35,7 +38,15 @@ TARGETS = Student().target_modules
 
 def backbone(seed: int = 0, int8: bool = False) -> SharedBackbone:
     model = as_velocity(random_transformer())
-    return SharedBackbone(model, NAMES, 4, TARGETS, seed, random_transformer, int8)
+    return SharedBackbone(
+        model,
+        NAMES,
+        rank=4,
+        target_modules=TARGETS,
+        seed=seed,
+        original=random_transformer,
+        int8=int8,
+    )
 
 
 def with_random_adapters(seed: int = 0, int8: bool = False) -> SharedBackbone:
@@ -59,12 +70,12 @@ def test_every_role_begins_as_the_teacher() -> None:
     expected = as_velocity(random_transformer())(*inputs()).velocity
     shared = backbone()
     for name in ("", *NAMES):
-        assert torch.equal(AdapterRole(shared, name)(*inputs()).velocity, expected)
+        assert torch.equal(Role.adapter(shared, name)(*inputs()).velocity, expected)
 
 
 def test_roles_differ_and_switching_leaves_no_trace() -> None:
     shared = with_random_adapters()
-    roles = {name: AdapterRole(shared, name) for name in ("", *NAMES)}
+    roles = {name: Role.adapter(shared, name) for name in ("", *NAMES)}
     seen = {name: role(*inputs()).velocity for name, role in roles.items()}
     for a in seen:
         for b in seen:
@@ -95,17 +106,17 @@ def gradients(
     """Of a loss on the final image, end to end; other roles run before the backward pass."""
     shared = with_random_adapters(int8=int8)
     if compiled:
-        compile_blocks(shared.model.transformer)
+        compile_blocks(ZImage().blocks(shared.model))
     if checkpointing:
-        shared.checkpoint_activations()
+        shared.recompute_layers()
     noise, sigma, prompts = inputs()
-    roles = {name: AdapterRole(shared, name) for name in NAMES}
-    first, second = (bind_role(roles[n], prompts) for n in ("first", "second"))
+    roles = {name: Role.adapter(shared, name) for name in NAMES}
+    first, second = (bind(roles[n], prompts) for n in ("first", "second"))
     rollout = two_step(first, second, noise, Schedule(3.0, 0.75))
     if in_between:
         with torch.no_grad():
             roles["fake1"](noise, sigma, prompts)
-        AdapterRole(shared)(noise, sigma, prompts)
+        Role.adapter(shared)(noise, sigma, prompts)
         roles["second"](noise, sigma, prompts)
     rollout.clean2.square().mean().backward()
     return {
@@ -128,20 +139,22 @@ def test_end_to_end_gradients_survive_checkpointing_and_other_roles() -> None:
 
 def test_merged_transformer_is_the_role_and_a_stock_one() -> None:
     shared = with_random_adapters()
-    before = copy.deepcopy(shared.model.transformer.state_dict())
+    before = copy.deepcopy(shared.model.state_dict())
     for name in ("first", ""):
-        merged = AdapterRole(shared, name).transformer()
+        merged = Role.adapter(shared, name).transformer()
         assert set(merged.state_dict()) == set(random_transformer().state_dict())
-        expected = AdapterRole(shared, name)(*inputs()).velocity
+        expected = Role.adapter(shared, name)(*inputs()).velocity
         found = as_velocity(merged)(*inputs()).velocity
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
-    after = shared.model.transformer.state_dict()
+    after = shared.model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
 def test_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(RecipeError, match="no linear layer matches 'nothing'"):
-        SharedBackbone(as_velocity(random_transformer()), ["first"], 4, "nothing", 0)
+        SharedBackbone(
+            as_velocity(random_transformer()), ["first"], rank=4, target_modules="nothing", seed=0
+        )
 
 
 LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
@@ -167,16 +180,16 @@ def test_training_moves_adapters_only_and_saves_a_student(
         assert any(not torch.equal(a, b) for a, b in pairs), name
     after = trainer.roles.teacher.model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in frozen.items())
-    saved = load_file(list_checkpoints(trainer.folder / "checkpoints")[-1] / "state.safetensors")
+    saved = load_file(list_checkpoints(trainer.folder.checkpoints)[-1] / "state.safetensors")
     whole = sum(v.numel() for v in frozen.values())
     assert sum(v.numel() for k, v in saved.items() if "first" in k) < whole / 3
     teacher, student = Sampler.load(str(tiny_folder)), Sampler.load(str(folder))
-    assert student.second is not None
-    ours = student.field.transformer.state_dict()
-    assert set(ours) == set(teacher.field.transformer.state_dict())
+    assert student.is_student
+    ours = student.velocities[0].state_dict()
+    assert set(ours) == set(teacher.velocities[0].state_dict())
     assert not torch.equal(
         ours["layers.0.attention.to_q.weight"],
-        student.second.transformer.state_dict()["layers.0.attention.to_q.weight"],
+        student.velocities[1].state_dict()["layers.0.attention.to_q.weight"],
     )
 
 
@@ -204,7 +217,7 @@ def test_bfloat16_backbone_with_checkpointing_trains(make_recipe: Callable[..., 
     trainer = trainer_of(recipe)
     trainer.train()
     assert trainer.progress.skipped == 0
-    assert trainer.roles.teacher.model.transformer.x_pad_token.dtype == torch.bfloat16
+    assert trainer.roles.teacher.model.x_pad_token.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in trainer.roles.student_parameters())
 
 
@@ -216,9 +229,9 @@ def test_eight_bit_backbone_gives_nearly_the_same_gradients_and_merges_into_the_
         assert torch.cosine_similarity(a, b, dim=0) > 0.99
         assert not torch.equal(a, b)
     shared = with_random_adapters(int8=True)
-    weights = [m.packed for m in shared.model.transformer.modules() if isinstance(m, Int8Linear)]
+    weights = [m.packed for m in shared.model.modules() if isinstance(m, Int8Linear)]
     assert len(weights) == 3 * 7 + 14  # attention and feed-forward of layers and refiners
-    merged = AdapterRole(shared).transformer()
+    merged = Role.adapter(shared).transformer()
     original = random_transformer().state_dict()
     assert all(torch.equal(v, original[k]) for k, v in merged.state_dict().items())
 
@@ -248,7 +261,7 @@ def test_eight_bit_run_trains_and_its_student_has_no_trace_of_it(
     folder = trainer.train()
     assert trainer.progress.skipped == 0
     student = Sampler.load(str(folder))
-    assert not any(isinstance(m, Int8Linear) for m in student.field.modules())
+    assert not any(isinstance(m, Int8Linear) for m in student.velocities[0].modules())
 
 
 def test_compiled_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

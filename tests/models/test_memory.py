@@ -8,30 +8,27 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from torch import nn
-from twostep.models.lora_pair import LoraPair
 from typer.testing import CliRunner
 
-from tiny import random_transformer
+from tiny import CPU, as_velocity, network_of, random_transformer
 from twostep.cli import app
 from twostep.errors import InputError, ModelError
-from twostep.exports.registry import (
-    assemble,
-    export,
-)
+from twostep.exports.combine import assemble
+from twostep.exports.registry import ExportOptions, export
 from twostep.inference import generate as generate_module
 from twostep.inference.generate import (
     Holding,
     generate,
 )
-from twostep.inference.pipeline import save_student
-from twostep.inference.sampler import Sampler, read_schedule
+from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
-from twostep.models.folder import (
-    Decoder,
-    PromptEncoder,
-    resolve,
-)
-from twostep.models.int8 import Int8Linear, is_packed, pack_int8, transformer_of
+from twostep.method.schedule import Schedule
+from twostep.models.codec import Decoder
+from twostep.models.folder import ModelFolder
+from twostep.models.int8 import Int8Linear, is_packed, pack_int8
+from twostep.models.prompt_encoder import PromptEncoder
+from twostep.models.student import StudentIndex, save_student
+from twostep.runtime.devices import Placement
 
 PROMPTS = ["a dog", "two cats on a red background"]
 NOISE = seeded_noise([1, 2], (8, 8, 8))
@@ -52,7 +49,14 @@ def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert not torch.equal(
         parts[0].layers[0].attention.to_q.weight, teacher.layers[0].attention.to_q.weight
     )
-    save_student(tiny_folder, parts[0], parts[1], Schedule(3.0, 0.75), folder, torch.float32)
+    save_student(
+        tiny_folder,
+        parts[0],
+        parts[1],
+        schedule=Schedule(3.0, 0.75),
+        folder=folder,
+        dtype=torch.float32,
+    )
     return folder
 
 
@@ -60,7 +64,7 @@ def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def pair(student: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student as two LoRA files that say all of it."""
     folder = tmp_path_factory.mktemp("memory") / "pair"
-    export(str(student), "lora", folder, str(tiny_folder), rank=2)
+    export(str(student), "lora", folder, ExportOptions(teacher=str(tiny_folder), rank=2))
     return folder
 
 
@@ -70,12 +74,14 @@ def latents(sampler: Sampler) -> torch.Tensor:
 
 def test_offloaded_weights_give_the_same_picture(student: Path) -> None:
     plain = Sampler.load(str(student))
-    offloaded = Sampler.load(str(student), memory="offload")
+    offloaded = Sampler.load(str(student), placement=Placement(CPU, memory="offload"))
     for _ in range(2):
         assert torch.equal(latents(offloaded), latents(plain))
     # Between uses nothing is held: the layer's tensor says nothing.
-    waiting = transformer_of(offloaded.field).layers[1].feed_forward.w1.weight
-    assert not torch.equal(waiting, transformer_of(plain.field).layers[1].feed_forward.w1.weight)
+    waiting = network_of(offloaded.velocities[0]).layers[1].feed_forward.w1.weight
+    assert not torch.equal(
+        waiting, network_of(plain.velocities[0]).layers[1].feed_forward.w1.weight
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,7 +104,7 @@ def test_int8_packs_the_blocks_and_nothing_else() -> None:
     before = as_velocity(random_transformer())
     pack_int8(transformer)
     packed = {n for n, m in transformer.named_modules() if isinstance(m, Int8Linear)}
-    linear = {n for n, m in before.transformer.named_modules() if isinstance(m, nn.Linear)}
+    linear = {n for n, m in before.named_modules() if isinstance(m, nn.Linear)}
     assert "layers.0.attention.to_q" in packed
     assert "context_refiner.0.feed_forward.w2" in packed
     kept = linear - packed
@@ -110,8 +116,11 @@ def test_int8_packs_the_blocks_and_nothing_else() -> None:
 @pytest.mark.parametrize("name", ["student", "pair"])
 def test_int8_is_close_to_the_whole_weights(name: str, request: pytest.FixtureRequest) -> None:
     folder = str(request.getfixturevalue(name))
-    whole, packed = Sampler.load(folder), Sampler.load(folder, memory="int8")
-    weights = [m for m in transformer_of(packed.field).modules() if isinstance(m, Int8Linear)]
+    whole, packed = (
+        Sampler.load(folder),
+        Sampler.load(folder, placement=Placement(CPU, memory="int8")),
+    )
+    weights = [m for m in network_of(packed.velocities[0]).modules() if isinstance(m, Int8Linear)]
     assert weights
     error = (latents(packed) - latents(whole)).norm() / latents(whole).norm()
     assert 0 < error < 0.05
@@ -120,15 +129,15 @@ def test_int8_is_close_to_the_whole_weights(name: str, request: pytest.FixtureRe
 def test_lora_files_are_a_student_on_one_set_of_weights(
     student: Path, pair: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    assert read_schedule(str(pair)) == Schedule(3.0, 0.75)
+    assert ModelFolder.open(str(pair)).schedule() == Schedule(3.0, 0.75)
     sampler = Sampler.load(str(pair))
-    assert sampler.second is not None
-    assert transformer_of(sampler.field) is transformer_of(sampler.second)
+    assert sampler.is_student
+    assert network_of(sampler.velocities[0]) is network_of(sampler.velocities[1])
     torch.testing.assert_close(
         latents(sampler), latents(Sampler.load(str(student))), atol=5e-3, rtol=5e-3
     )
     files = [str(pair / f"{n}.safetensors") for n in ("second", "first")]
-    assemble(str(tiny_folder), files[0], files[1], tmp_path / "swapped")
+    assemble(str(tiny_folder), files[0], files[1], out=tmp_path / "swapped")
     assert (latents(sampler) - latents(Sampler.load(str(tmp_path / "swapped")))).abs().max() > 0.05
 
 
@@ -149,7 +158,7 @@ def test_a_broken_pair_says_what_is_missing(pair: Path, tmp_path: Path) -> None:
     shutil.copytree(pair, tmp_path / "b")
     (tmp_path / "b" / "twostep.json").write_text('{"teacher": "x"}')
     with pytest.raises(ModelError, match="expected teacher, step2_sigma and transition"):
-        LoraPair.read(tmp_path / "b")
+        StudentIndex.read(tmp_path / "b")
 
 
 def test_prompts_on_disk_need_no_text_encoder(tiny_folder: Path, tmp_path: Path) -> None:
@@ -170,7 +179,7 @@ def test_prompts_on_disk_need_no_text_encoder(tiny_folder: Path, tmp_path: Path)
 
 
 def test_text_encoder_is_gone_before_pictures_are_made(student: Path) -> None:
-    sampler = Holding().load(str(student), PROMPTS, torch.device("cpu"))
+    sampler = Holding().load(ModelFolder.open(student), PROMPTS, CPU)
     assert sampler.encoder._model is None
     assert torch.equal(latents(sampler), latents(Sampler.load(str(student))))
     assert sampler.encoder._model is None
@@ -193,7 +202,7 @@ def test_where_all_pictures_are_there_no_weights_are_read(
 
 
 def test_tiny_decoder_takes_the_vaes_place(student: Path, tmp_path: Path) -> None:
-    whole = Decoder.load(resolve(str(student)))
+    whole = Decoder.load(student)
     torch.manual_seed(0)
     channels, stages = whole.vae.config.latent_channels, len(whole.vae.config.block_out_channels)
 

@@ -12,25 +12,26 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tiny import random_transformer
+from tiny import as_velocity, random_transformer
 from twostep.cli import app
 from twostep.data.cache.build import open_cache
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.trainer import Trainer
 from twostep.errors import ModelError, RecipeError
-from twostep.families.zimage import PromptBatch
-from twostep.inference.pipeline import save_student
+from twostep.families.family import PromptBatch
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
+from twostep.method.schedule import Schedule
 from twostep.models.adapters import SharedBackbone
-from twostep.models.int8 import Memory
+from twostep.models.student import save_student
 from twostep.planning.generation import generation_needs
 from twostep.planning.training import measure, plan
-from twostep.planning.weightless import shape_folder
+from twostep.planning.weightless import open_weightless
 from twostep.recipe.schema import (
     Recipe,
     Student,
 )
+from twostep.runtime.devices import Memory, Placement
 from twostep.runtime.memory_meter import gradients_dropped, live_bytes, weight_bytes
 
 Make = Callable[..., Recipe]
@@ -80,7 +81,7 @@ def test_weight_bytes_are_those_of_a_real_run(
     frozen = [p for p in model.parameters() if not p.requires_grad]
     frozen += [b for name, b in model.named_buffers() if name.endswith(("packed", "scale"))]
     assert found["teacher"].weights == sum(p.nbytes for p in frozen)
-    assert found["critic"].parameters == sum(p.numel() for p in roles.critic.parameters())
+    assert found["critic"].parameters == sum(p.numel() for p in roles.critic.heads.parameters())
     last = sorted((recipe.run_folder / "checkpoints").iterdir())[-1] / "state.safetensors"
     saved = sum(tensor.nbytes for tensor in load_file(last).values())
     assert plan(recipe).checkpoint == pytest.approx(saved, rel=0.01)
@@ -93,14 +94,17 @@ def test_activations_are_those_of_a_real_turn(make_recipe: Make, checkpointed: b
     batch = trainer.batches.read(0, 0)
     tokens = int(batch.prompts.lengths.max())
     found = measure(recipe, 1, tokens)
-    for name, turn in (("student", trainer.student_turn), ("critic", trainer.critic_turn)):
+    for name, turn in (
+        ("student", trainer.objectives.student),
+        ("critic", trainer.objectives.critic),
+    ):
         parameters = (
             *trainer.roles.student_parameters(),
             *trainer.roles.fake_parameters(),
-            *trainer.roles.critic.parameters(),
+            *trainer.roles.critic.heads.parameters(),
         )
         with gradients_dropped(parameters), live_bytes() as live:
-            turn(batch, Draws(0, 0, "student", CPU)).loss.backward()
+            turn(batch, Draws(0, 0, "student", device=CPU)).loss.backward()
         assert all(p.grad is None for p in parameters)
         assert found.activations[name] == pytest.approx(live.peak, rel=0.1)
 
@@ -202,7 +206,7 @@ def test_mistakes_are_named(make_recipe: Make) -> None:
     with pytest.raises(RecipeError, match="batch_size: 4 cannot be divided among 3"):
         plan(make_recipe(), processes=3)
     with pytest.raises(ModelError, match="no model folder"):
-        shape_folder("./nowhere")
+        open_weightless("./nowhere")
 
 
 # Generating.
@@ -212,7 +216,9 @@ def test_mistakes_are_named(make_recipe: Make) -> None:
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plans") / "student"
     parts = random_transformer(1), random_transformer(2)
-    save_student(tiny_folder, *parts, Schedule(3.0, 0.75), folder, torch.float32)
+    save_student(
+        tiny_folder, *parts, schedule=Schedule(3.0, 0.75), folder=folder, dtype=torch.float32
+    )
     return folder
 
 
@@ -220,14 +226,14 @@ def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_generation_needs_are_those_of_a_real_run(
     student: Path, tiny_folder: Path, memory: Memory
 ) -> None:
-    sampler = Sampler.load(str(student), memory=memory)
+    sampler = Sampler.load(str(student), placement=Placement(CPU, memory=memory))
     prompts = PromptBatch.collate([torch.randn(20, 32)] * 2)
     noise = seeded_noise([0, 1], (8, 8, 8))
     found = generation_needs(
         str(tiny_folder), "two_sets", memory, (32, 32), 2, 20, dtype=torch.float32
     )
-    assert sampler.second is not None
-    assert found.transformers == weight_bytes(sampler.field, sampler.second)
+    assert sampler.is_student
+    assert found.transformers == weight_bytes(sampler.velocities[0], sampler.velocities[1])
     assert found.decoder == weight_bytes(sampler.decoder.vae)
     assert found.text_encoder == weight_bytes(sampler.encoder.text_encoder)
     with torch.no_grad(), live_bytes() as rolling:
@@ -242,7 +248,11 @@ def test_a_students_loras_are_counted_on_one_set(tiny_folder: Path) -> None:
     size = (32, 32)
     one = generation_needs(str(tiny_folder), "lora", "plain", size, rank=4, dtype=torch.float32)
     backbone = SharedBackbone(
-        as_velocity(random_transformer()), ["first", "second"], 4, Student().target_modules, 0
+        as_velocity(random_transformer()),
+        ["first", "second"],
+        rank=4,
+        target_modules=Student().target_modules,
+        seed=0,
     )
     assert one.transformers == weight_bytes(backbone.model)
 

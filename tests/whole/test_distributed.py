@@ -20,17 +20,20 @@ from torch._dynamo.backends.debugging import aot_eager
 from runs import assert_same_run
 from tiny import TEXT_WIDTH
 from twostep.data.cache.build import open_cache
+from twostep.distill.batches import rows_of
 from twostep.distill.checkpoint import list_checkpoints
 from twostep.distill.objectives.draws import Draws
-from twostep.distill.objectives.roles import FullRole
+from twostep.distill.objectives.roles import Role
 from twostep.distill.sharding import Sharder
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
-from twostep.families.zimage import PromptBatch
+from twostep.families.family import PromptBatch
+from twostep.models.compiling import compile_blocks
+from twostep.models.folder import ModelFolder
 from twostep.recipe.schema import (
     Recipe,
 )
-from twostep.runtime.distributed import World, whole
+from twostep.runtime.distributed import World, gathered
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -180,11 +183,14 @@ def test_sharded_blocks_compile(
     prompts = PromptBatch.collate([torch.randn(5, TEXT_WIDTH), torch.randn(3, TEXT_WIDTH)])
     found = []
     for compiled in (False, True):
-        model = sharder.load(tiny_folder)
-        model.enable_gradient_checkpointing()
-        role = FullRole(model, trainable=True, compiled=compiled)
+        teacher = ModelFolder.open(tiny_folder)
+        model = sharder.load(teacher, "transformer", torch.float32)
+        model.recompute_layers()
+        if compiled:
+            compile_blocks(teacher.family.blocks(model))
+        role = Role.full(model, trainable=True)
         role(latents, sigma, prompts).velocity.square().mean().backward()
-        found.append([whole(p.grad) for p in role.parameters() if p.grad is not None])
+        found.append([gathered(p.grad) for p in role.parameters() if p.grad is not None])
     # Main and noise layers, with and without a gradient to their input; context layers.
     assert 0 < len(graphs) <= 6
     assert len(found[0]) == len(found[1]) > 30
@@ -194,7 +200,7 @@ def test_sharded_blocks_compile(
 
 def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
     def draw(rows: slice | None, count: int) -> list[torch.Tensor]:
-        draws = Draws(3, 5, "critic", CPU, rows, 8)
+        draws = Draws(3, 5, "critic", device=CPU, rows=rows, total=8)
         like = torch.zeros(count, 2, 3)
         return [
             draws.normal_like(like),
@@ -230,6 +236,6 @@ def test_batches_that_cannot_be_divided_are_named(make_recipe: Make) -> None:
     world = World(CPU)
     world.size = 3
     with pytest.raises(RecipeError, match="batch_size: 4 cannot be divided among 3 processes"):
-        world.rows(4, None)
+        rows_of(make_recipe(), world)
     with pytest.raises(RecipeError, match="micro_batch: 3 does not divide the 4 samples"):
-        Trainer(make_recipe(training={"micro_batch": 3}))
+        rows_of(make_recipe(training={"micro_batch": 3}), World(CPU))

@@ -37,7 +37,9 @@ class Progress:
     """Where a run stands. Randomness and data order follow from the turns (see `draws.py`).
 
     Attributes:
-        evaluations: forwards of one sample through any network, validation not counted.
+        evaluations: forwards of one sample through any network in the student's turns; one whose
+            result is differentiated counts as three, validation does not count.
+        fit_evaluations: the same while the score is fitted.
         best_distance: the least kernel distance of a validation, after `best_turn` turns.
     """
 
@@ -48,6 +50,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     evaluations: int = 0
+    fit_evaluations: int = 0
     best_distance: float | None = None
     best_turn: int | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -169,7 +169,7 @@ class Trainer:
         if (turn % settings.validate_every == 0 and not fitting) or last:
             with self._timed():
                 draw = last or turn % settings.sample_every == 0
-                values |= self._validate(validator, draw=draw)
+                values |= self.validate(validator, draw=draw)
         worth_a_line = turn % settings.log_every == 0 or "validation/diversity" in values
         if monitor is not None and values and worth_a_line:
             for alarm in monitor.record(turn, values):
@@ -198,7 +198,8 @@ class Trainer:
         """A turn of fitting the score; what to log of it."""
         progress, update = self.progress, self.updates["score"]
         update.set_rates({"score": score_rate(self.recipe, turn=progress.score_turn)})
-        terms = self._counted(lambda: update(self.objectives.score, progress.score_turn)[0])
+        with self._counting("fit_evaluations"):
+            terms, _ = update(self.objectives.score, progress.score_turn)
         progress.score_turn += 1
         if progress.score_turn == self.recipe.score.fit_turns:
             update.zero()
@@ -211,39 +212,47 @@ class Trainer:
         """A student turn, after the critic turns that go before it; what to log of it."""
         settings, progress = self.recipe.training, self.progress
         warming = progress.turn < self.recipe.losses.warmup_turns
-        now = rates(self.recipe, turn=progress.turn, share_done=self._share_done)
-        for name in ("critic", "student"):
-            self.updates[name].set_rates(now)
+        self.set_rates()
         logged: dict[str, Tensor] = {}
-        if not warming:
-            first = progress.critic_turn == 0
-            for _ in range(settings.critic_turns + first * settings.critic_warmup_turns):
-                logged |= self._counted(self._critic_step)
-        logged |= self._counted(lambda: self._student_step(warming=warming))
+        with self._counting("evaluations"):
+            if not warming:
+                first = progress.critic_turn == 0
+                for _ in range(settings.critic_turns + first * settings.critic_warmup_turns):
+                    logged |= self.critic_step()
+            logged |= self.student_step(warming=warming)
         progress.turn += 1
         if progress.turn % settings.log_every and progress.turn < settings.turns:
             return {}  # reading a value waits for the device
         return {key: float(value) for key, value in logged.items()}
 
-    def _critic_step(self) -> dict[str, Tensor]:
+    def set_rates(self) -> None:
+        """The learning rates of the next student turn."""
+        now = rates(self.recipe, turn=self.progress.turn, share_done=self._share_done)
+        for name in ("critic", "student"):
+            self.updates[name].set_rates(now)
+
+    def critic_step(self) -> dict[str, Tensor]:
+        """One update of fakes and critic; their terms."""
         number = self.progress.critic_turn
         self.progress.critic_turn += 1
         terms, _ = self.updates["critic"](self.objectives.critic, number)
         return {key: value for key, value in terms.items() if key != "loss"}
 
-    def _student_step(self, *, warming: bool) -> dict[str, Tensor]:
+    def student_step(self, *, warming: bool) -> dict[str, Tensor]:
+        """One update of the student; its terms."""
         turn = self.objectives.student.warmup if warming else self.objectives.student
         terms, accepted = self.updates["student"](turn, self.progress.turn)
         if accepted:
             self.state.ema.update()
         return terms
 
-    def _counted(self, step: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Runs `step` and adds the forwards it took to the run's own count."""
+    @contextmanager
+    def _counting(self, count: str) -> Iterator[None]:
+        """Adds the evaluations of what runs inside to a count of the progress."""
         before = self.roles.evaluations
-        terms = step()
-        self.progress.evaluations += (self.roles.evaluations - before) * self.world.size
-        return terms
+        yield
+        spent = (self.roles.evaluations - before) * self.world.size
+        setattr(self.progress, count, getattr(self.progress, count) + spent)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -256,7 +265,8 @@ class Trainer:
         with precision, plain_attention() if plain else nullcontext():
             yield
 
-    def _validate(self, validator: Validator, *, draw: bool) -> dict[str, float]:
+    def validate(self, validator: Validator, *, draw: bool) -> dict[str, float]:
+        """Measures the averaged student and keeps it if it is the best so far; what to log."""
         with self.state.ema.applied(), self.computing():
             seen = validator.measure()
         progress = self.progress

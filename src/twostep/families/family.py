@@ -165,12 +165,10 @@ class Family(Protocol):
 
     Attributes:
         transformer: the class name in the transformer's config.json.
-        parts: what a pipeline folder of the family holds beside `model_index.json`.
         patch: latents per token, along each side.
     """
 
     transformer: str
-    parts: tuple[str, ...]
     patch: int
 
     def load(self, folder: Path, part: str, dtype: torch.dtype) -> Any:

@@ -171,7 +171,6 @@ class ZImage:
     """The family (`family.Family`)."""
 
     transformer = ZImageTransformer2DModel.__name__
-    parts: tuple[str, ...] = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
     patch = PATCH
 
     def load(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:

@@ -71,7 +71,7 @@ class TwoStepPipeline(ZImagePipeline):
         The folder's `pipeline.py` is for those without this package and is not run.
 
         Raises:
-            ModelError, InputError: if there is no such folder, or it is no two-step student.
+            ModelError: if there is no such folder, or it is no two-step student.
         """
         folder = ModelFolder.open(os.fspath(model))
         folder.check_full_student("model")

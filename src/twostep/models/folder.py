@@ -29,6 +29,8 @@ from twostep.models.velocity import Velocity
 from twostep.runtime.devices import Placement
 from twostep.runtime.files import folder_fingerprint
 
+_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -128,16 +130,16 @@ class ModelFolder:
         """What it says of its two steps.
 
         Raises:
-            InputError: naming `option`, if it is a teacher.
+            ModelError: naming `option`, if it is a teacher.
         """
         if self.student is None:
-            raise InputError(f"{option}: {self.name} is no two-step student")
+            raise ModelError(f"{option}: {self.name} is no two-step student")
         return self.student
 
     def check_full_student(self, option: str) -> None:
-        """Raises InputError, naming `option`, if it is not a student of two transformers."""
+        """Raises ModelError, naming `option`, if it is not a student of two transformers."""
         if self.check_student(option).kind != "student":
-            raise InputError(
+            raise ModelError(
                 f"{option}: {self.name} is two LoRA files, expected a student of two transformers"
             )
 
@@ -192,18 +194,12 @@ class ModelFolder:
 
 def _family(base: Path) -> Family:
     """The family of a diffusers folder."""
-    config = base / "transformer" / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{base} is no diffusers folder: missing transformer")
-    name = read_json(config).get("_class_name")
+    missing = [part for part in _PARTS if not (base / part).exists()]
+    if missing:
+        raise ModelError(f"{base} is no whole diffusers folder: missing {', '.join(missing)}")
+    name = read_json(base / "transformer" / "config.json").get("_class_name")
     if name not in FAMILIES:
         raise ModelError(
             f"{base}: transformer is {name}, expected one of {', '.join(sorted(FAMILIES))}"
         )
-    family = FAMILIES[name]
-    missing = [p for p in ("model_index.json", *family.parts) if not (base / p).exists()]
-    if missing:
-        raise ModelError(
-            f"{base} is no diffusers folder of its family: missing {', '.join(missing)}"
-        )
-    return family
+    return FAMILIES[name]

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from twostep.distill.objectives.critic import Critic
 from twostep.distill.objectives.roles import Role, Roles
-from twostep.errors import RecipeError
+from twostep.errors import ModelError, RecipeError
 from twostep.method.critic import CriticHeads
 from twostep.models.adapters import SharedBackbone
 from twostep.models.compiling import allow_graphs, compile_blocks
@@ -154,8 +154,10 @@ def _starts(recipe: Recipe, teacher: ModelFolder, score: ModelFolder | None) -> 
 
 
 def _check_start(student: ModelFolder, teacher: ModelFolder, *, shared: bool) -> None:
-    if student.kind != "student":
-        raise RecipeError(f"student.init: {student.name} is no student of two transformers")
+    try:
+        student.check_full_student("student.init")
+    except ModelError as error:
+        raise RecipeError(str(error)) from error
     if student.architecture != teacher.architecture:
         raise RecipeError(f"student.init: {student.name} is no student of this teacher")
     if not shared:

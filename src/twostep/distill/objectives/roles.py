@@ -17,6 +17,9 @@ from twostep.families.family import Prediction, PromptBatch
 from twostep.models.adapters import AdapterVelocity, SharedBackbone
 from twostep.models.velocity import Velocity
 
+# A call whose result is differentiated costs about two forwards more.
+_WITH_GRADIENT = 3
+
 
 @dataclass
 class Role:
@@ -27,7 +30,7 @@ class Role:
         model: the network it runs on; its size and dtype, not to be called past the role.
         trained: holds what this role trains, as checkpoints do; None for a frozen role.
         transformer: gives the role's weights as a diffusers transformer.
-        evaluations: forwards of one sample so far.
+        evaluations: forwards of one sample so far; those with a gradient count as three.
     """
 
     velocity: Velocity
@@ -56,8 +59,10 @@ class Role:
     def __call__(
         self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
     ) -> Prediction:
-        self.evaluations += len(latents)
-        return self.velocity(latents, sigma, prompts, taps)
+        prediction = self.velocity(latents, sigma, prompts, taps)
+        cost = _WITH_GRADIENT if prediction.velocity.requires_grad else 1
+        self.evaluations += cost * len(latents)
+        return prediction
 
     def parameters(self) -> list[nn.Parameter]:
         """What this role trains; empty for a frozen role."""
@@ -118,5 +123,5 @@ class Roles:
 
     @property
     def evaluations(self) -> int:
-        """Forwards of one sample so far, of all roles."""
+        """Of all roles."""
         return sum(role.evaluations for role in self.by_name().values())
