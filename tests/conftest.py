@@ -73,7 +73,7 @@ def make_recipe(tiny_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
                 "prompts": "emoji",
                 "prompt_count": 12,
                 "samples_per_prompt": 2,
-                "shard_size": 8,
+                "samples_per_file": 8,
                 "height": 32,
                 "width": 32,
                 "cache": str(tmp_path / "cache"),

@@ -32,7 +32,7 @@ class Row:
     paper: str = ""
 
 
-_SHARED = ("student.parameters=shared",)
+_SHARED = ("student.steps=shared",)
 _CUT = ("student.gradient=cut",)
 _EXTERNAL = (f"data.reals={EXTERNAL}",)
 _NO_CRITIC = ("losses.final.adversarial=0", "losses.step1.adversarial=0")

@@ -78,23 +78,25 @@ def test_seeds_of_one_prompt_share_its_embedding_and_differ_in_noise(recipe: Rec
 
 
 def test_order_is_a_permutation_each_epoch_and_a_function_of_the_turn(recipe: Recipe) -> None:
-    order = order_of(open_cache(recipe))
+    order = order_of(open_cache(recipe), 0)
     epochs = [
-        [i for turn in range(6 * e, 6 * e + 6) for i in order.batch(turn, 4, 0)] for e in (0, 1)
+        [i for turn in range(6 * e, 6 * e + 6) for i in order.batch(turn, 4, purpose="student")]
+        for e in (0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
     assert epochs[0] != epochs[1]
-    again = order_of(TeacherCache(CacheSpec.of(recipe)))
-    assert order.batch(3, 4, 0) == again.batch(3, 4, 0) != order.batch(3, 4, 1)
+    again = order_of(TeacherCache(CacheSpec.of(recipe)), 0)
+    assert order.batch(3, 4, purpose="student") == again.batch(3, 4, purpose="student")
+    assert order.batch(3, 4, purpose="student") != order.batch(3, 4, purpose="critic")
 
 
 SIZES = {"other_sizes": [[32, 64], [64, 32]]}
 
 
 def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) -> None:
-    recipe = make_recipe(data={**SIZES, "prompt_count": 13, "shard_size": 4})
+    recipe = make_recipe(data={**SIZES, "prompt_count": 13, "samples_per_file": 4})
     cache = open_cache(recipe)
-    plan, order = cache.spec, order_of(cache)
+    plan, order = cache.spec, order_of(cache, 0)
     assert sorted(plan.prompts) == sorted(
         CacheSpec.of(make_recipe(data={"prompt_count": 13})).prompts
     )
@@ -102,7 +104,7 @@ def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) ->
     assert {shard.size for shard in plan.shards} == {(32, 32), (32, 64), (64, 32)}
     seen: list[tuple[int, ...]] = []
     for turn in range(6):
-        ids = order.batch(turn, 4, seed=0)
+        ids = order.batch(turn, 4, purpose="student")
         assert len(set(ids)) == 4
         seen.append(tuple(cache.read(ids).latents.shape[2:]))
     for block in (seen[:3], seen[3:]):  # each size takes its turn
@@ -112,7 +114,7 @@ def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) ->
         ids = [
             i
             for batch in range(len(plan.samples_of(place)))
-            for i in order.of_size(place, batch, 1, 0)
+            for i in order.of_size(place, batch, 1, purpose="student")
         ]
         assert sorted(ids) == list(plan.samples_of(place))
         # The sampler gives the same from the same noise, one by one.
@@ -124,19 +126,22 @@ def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) ->
 
 def test_a_batch_sorted_by_caption_length_pads_less_and_loses_no_sample() -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 64)
-    plain, window = (Order([range(64)], lengths, w) for w in (1, 4))
+    plain, window = (Order([range(64)], lengths, seed=0, window=w) for w in (1, 4))
 
     def padded(order: Order) -> int:
-        return sum(int(lengths[order.batch(turn, 4, 0)].max()) * 4 for turn in range(16))
+        return sum(
+            int(lengths[order.batch(turn, 4, purpose="student")].max()) * 4 for turn in range(16)
+        )
 
     assert padded(window) < 0.8 * padded(plain)
     epochs = [
-        [i for t in range(16 * e, 16 * e + 16) for i in window.batch(t, 4, 0)] for e in (0, 1)
+        [i for t in range(16 * e, 16 * e + 16) for i in window.batch(t, 4, purpose="student")]
+        for e in (0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
     assert epochs[0] != epochs[1]
     # Lengths come in no order of their own.
-    means = [lengths[window.batch(turn, 4, 0)].mean() for turn in range(16)]
+    means = [lengths[window.batch(turn, 4, purpose="student")].mean() for turn in range(16)]
     assert means != sorted(means)
 
 

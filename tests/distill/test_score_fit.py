@@ -25,7 +25,7 @@ from twostep.recipe.schema import (
 )
 
 Make = Callable[..., Recipe]
-LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
+LORA = {"weights": "lora", "rank": 4, "backbone_dtype": "float32"}
 
 
 def trainer_of(recipe: Recipe) -> Trainer:
@@ -60,7 +60,7 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
 
 def test_the_loss_is_flow_matching_on_the_teachers_images(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(score={"fit_turns": 2}))
-    batch = trainer.batches.read(0, 0)
+    batch = trainer.batches.read(0, "student")
     found = trainer.objectives.score(batch, Draws(0, 0, "score", device=trainer.device)).loss
     draws = Draws(0, 0, "score", device=trainer.device)
     tau = draws.sigma(len(batch.latents), trainer.schedule, trainer.recipe.losses.tau_range)
@@ -73,7 +73,7 @@ def test_the_loss_is_flow_matching_on_the_teachers_images(make_recipe: Make) -> 
 
 def test_dropped_captions_are_the_empty_one(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(score={"fit_turns": 2, "caption_dropout": 0.5}))
-    batch = trainer.batches.read(0, 0)
+    batch = trainer.batches.read(0, "student")
     seen: list[PromptBatch] = []
     score = trainer.roles.score
 

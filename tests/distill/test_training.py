@@ -44,7 +44,7 @@ def trainer_of(recipe: Recipe) -> Trainer:
 
 
 def gradients(trainer: Trainer, warming: bool = False) -> tuple[list, list]:
-    batch = trainer.batches.read(0, 0)
+    batch = trainer.batches.read(0, "student")
     draws = Draws(0, 0, "student", device=CPU)
     turn = (
         trainer.objectives.student.warmup(batch, draws)
@@ -80,7 +80,7 @@ def test_end_to_end_gradient_equals_finite_differences(make_recipe: Make) -> Non
     trainer = trainer_of(make_recipe(losses={"step1": {"weight": 0.0}}))
     for role in (trainer.roles.first, trainer.roles.second):
         role.model.double()
-    batch = trainer.batches.read(0, 0)
+    batch = trainer.batches.read(0, "student")
     first = trainer.roles.first.parameters()
 
     def loss() -> torch.Tensor:
@@ -107,8 +107,8 @@ def test_end_to_end_gradient_equals_finite_differences(make_recipe: Make) -> Non
 
 def test_shared_steps_are_one_and_decoupled_steps_are_two(make_recipe: Make) -> None:
     shared = build_roles(
-        make_recipe("s", student={"parameters": "shared"}),
-        ModelFolder.open(make_recipe("s", student={"parameters": "shared"}).teacher.model),
+        make_recipe("s", student={"steps": "shared"}),
+        ModelFolder.open(make_recipe("s", student={"steps": "shared"}).teacher.model),
         device=CPU,
     )
     assert shared.first is shared.second
@@ -143,11 +143,11 @@ def test_consistency_compares_neighbours_along_the_teachers_steps(make_recipe: M
             f"lcd{steps}",
             teacher={"steps": steps},
             losses=ONLY_CONSISTENCY,
-            student={"parameters": "shared"},
+            student={"steps": "shared"},
             data={"cache": f"{make_recipe().data.cache}-{steps}"},
         )
         trainer = trainer_of(recipe)
-        batch = trainer.batches.read(0, 0)
+        batch = trainer.batches.read(0, "student")
         values[steps] = trainer.objectives.student(batch, Draws(0, 0, "student", device=CPU)).loss
         assert not trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU)).terms
     assert values[1].item() == 0
@@ -180,9 +180,9 @@ def test_a_student_can_start_from_another(make_recipe: Make) -> None:
         assert all(torch.equal(own[key], value.float()) for key, value in weights.items())
     with pytest.raises(RecipeError, match=r"two steps of .* differ"):
         build_roles(
-            make_recipe(student={"init": str(folder), "parameters": "shared"}),
+            make_recipe(student={"init": str(folder), "steps": "shared"}),
             ModelFolder.open(
-                make_recipe(student={"init": str(folder), "parameters": "shared"}).teacher.model
+                make_recipe(student={"init": str(folder), "steps": "shared"}).teacher.model
             ),
             device=CPU,
         )
@@ -253,7 +253,7 @@ def test_the_critics_fakes_come_from_the_reals_noise(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, paired: bool
 ) -> None:
     trainer = trainer_of(make_recipe(critic={"paired": paired}))
-    batch = trainer.batches.read(0, 0)
+    batch = trainer.batches.read(0, "student")
     rollout, seen = trainer.objectives.student.rollout, []
 
     def spy(noise: torch.Tensor, *rest: Any) -> Any:
@@ -267,7 +267,7 @@ def test_the_critics_fakes_come_from_the_reals_noise(
     perfect = Rollout(batch.latents, batch.noise, batch.latents)
     monkeypatch.setattr(trainer.objectives.student, "rollout", lambda *_: perfect)
     terms = trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU)).terms
-    assert terms["critic/accuracy"] == 0.5
+    assert terms["critic/accuracy_final"] == 0.5
 
 
 def test_student_turn_leaves_fakes_and_heads_alone(make_recipe: Make) -> None:
@@ -314,7 +314,7 @@ def test_rates_fall_over_the_warm_up_and_at_the_end(make_recipe: Make) -> None:
 def test_fake_follows_the_student(make_recipe: Make) -> None:
     """Flow matching on a frozen student's samples brings the fake's loss down."""
     trainer = trainer_of(make_recipe(fake={"learning_rate": 2e-3}, training={"batch_size": 8}))
-    history = [float(trainer.critic_step()["fake/step2"]) for _ in range(60)]
+    history = [float(trainer.critic_step()["fake/final"]) for _ in range(60)]
     assert sum(history[-10:]) < 0.8 * sum(history[:10])
 
 
@@ -350,7 +350,7 @@ def test_run_leaves_a_student_metrics_pictures_and_its_recipe(make_recipe: Make)
         "loss",
         "final/distribution_matching",
         "final/adversarial",
-        "critic/accuracy",
+        "critic/accuracy_final",
         "gradient_norm/first",
         "gradient_norm/second",
         "validation/diversity",
@@ -420,7 +420,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     make_recipe: Make, variant: str, settings: dict[str, Any], data: dict[str, Any]
 ) -> None:
     def recipe(name: str, **changes: Any) -> Recipe:
-        student = {"parameters": variant, "transition": "renoise"}
+        student = {"steps": variant, "transition": "renoise"}
         training = {"learning_rate_decay": 0.0, **settings, **changes}
         return make_recipe(name, student=student, training=training, data=data)
 
@@ -603,9 +603,11 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     trainer = trainer_of(make_recipe(data={"reals": str(folder)}))
     (external,) = trainer.batches.reals.values()
     assert external.latents.shape == (3, 8, 8, 8)
-    batch = trainer.batches.read(0, 0)
+    batch = trainer.batches.read(0, "student")
     assert not torch.equal(batch.reals, batch.latents)
-    assert torch.equal(trainer_of(make_recipe("teacher")).batches.read(0, 0).reals, batch.latents)
+    assert torch.equal(
+        trainer_of(make_recipe("teacher")).batches.read(0, "student").reals, batch.latents
+    )
     assert batch.real_prompts is batch.prompts  # no captions: judged under the student's prompts
     with pytest.raises(RecipeError, match="no images"):
         trainer_of(make_recipe("none", data={"reals": str(tmp_path / "runs")}))
@@ -614,7 +616,7 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     lines = [json.dumps({"file_name": f"{i}.png", "text": t}) for i, t in enumerate(captions)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     captioned = trainer_of(make_recipe("captioned", data={"reals": str(folder)}))
-    batch = captioned.batches.read(3, 0)
+    batch = captioned.batches.read(3, "student")
     (external,) = captioned.batches.reals.values()
     latents, embeds = external.draw(3, 4)
     assert torch.equal(batch.reals, latents)
@@ -647,7 +649,30 @@ def test_alarms_ring_once_and_again_after_recovery(tmp_path: Path) -> None:
     assert [len(r) for r in rings] == [0, 1, 0, 0, 1]
     assert "seeds look alike" in rings[1][0]
     for i in range(60):
-        rung = monitor.record(10 + i, {"critic/accuracy": 1.0 if i > 5 else 0.5})
+        rung = monitor.record(10 + i, {"critic/accuracy_final": 1.0 if i > 5 else 0.5})
         if rung:
             break
     assert "the critic wins" in rung[0]
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused_by_its_version(make_recipe: Make) -> None:
+    recipe = make_recipe(training={"turns": 2, "save_every": 1})
+    trainer_of(recipe).train()
+    path = list_checkpoints(recipe.run_folder / "checkpoints")[-1] / "state.json"
+    record = json.loads(path.read_text())
+    assert record.pop("version") == 2
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"format 1, as twostep 0\.1 wrote it"):
+        trainer_of(recipe)
+
+
+def test_evaluations_are_counted_and_kept(make_recipe: Make) -> None:
+    """Four samples: a warm-up turn runs two networks with a gradient, three forwards' worth each."""
+    recipe = make_recipe(score={"fit_turns": 1}, training={"turns": 3, "save_every": 1})
+    trainer = trainer_of(recipe)
+    trainer.fit_score()
+    trainer.turn()
+    assert trainer.progress.fit_evaluations == 3 * 4
+    assert trainer.progress.evaluations == 2 * 3 * 4
+    trainer.state.save(trainer.folder.checkpoints, 2, trainer.world)
+    assert trainer_of(recipe).progress.evaluations == 2 * 3 * 4

@@ -92,7 +92,7 @@ def curves() -> list[dict[str, Any]]:
             "turn": turn,
             "loss": math.sin(turn / 9),
             "final/distribution_matching": 0.5 + 1 / turn,
-            "critic/accuracy": 0.7,
+            "critic/accuracy_final": 0.7,
             "gradient_norm/first": 100 * math.exp(-turn / 40) + 0.01,
             "gradient_norm/second": math.nan if turn == 7 else 1.0,
         }
@@ -229,7 +229,7 @@ def test_six_charts_at_most(
     keys = (
         "loss",
         "final/distribution_matching",
-        "critic/accuracy",
+        "critic/accuracy_final",
         "gradient_norm/first",
         "validation/kernel_distance",
         "validation/diversity",

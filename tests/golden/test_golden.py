@@ -40,8 +40,11 @@ PROMPT = "two cats on a red background"
 
 RUNS: dict[str, dict[str, Any]] = {
     "decoupled": {},
-    "shared": {"student": {"parameters": "shared"}, "losses": {"consistency": 0.5}},
-    "lora": {"student": {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}},
+    "shared": {"student": {"steps": "shared"}, "losses": {"consistency": 0.5}},
+    "lora": {"student": {"weights": "lora", "rank": 4, "backbone_dtype": "float32"}},
+    "shared_lora": {
+        "student": {"steps": "shared", "weights": "lora", "rank": 4, "backbone_dtype": "float32"}
+    },
     "renoise": {"student": {"transition": "renoise"}},
     "score_fit": {
         "score": {"fit_turns": 3, "caption_dropout": 0.5, "guidance_scale": 0.5},

@@ -157,7 +157,7 @@ def test_targets_that_match_nothing_are_refused() -> None:
         )
 
 
-LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
+LORA = {"weights": "lora", "rank": 4, "backbone_dtype": "float32"}
 
 
 def trainer_of(recipe: Recipe) -> Trainer:

@@ -36,14 +36,14 @@ from twostep.runtime.memory_meter import gradients_dropped, live_bytes, weight_b
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
-LORA = {"parameters": "lora", "rank": 4, "backbone_dtype": "bfloat16"}
+LORA = {"weights": "lora", "rank": 4, "backbone_dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
     ("student", "fit_turns", "optimizer"),
     [
         ({}, 1, "adamw"),
-        ({"parameters": "shared"}, 0, "adafactor"),
+        ({"steps": "shared"}, 0, "adafactor"),
         (LORA, 2, "adamw"),
         ({**LORA, "backbone_dtype": "int8"}, 0, "adamw"),
     ],
@@ -91,7 +91,7 @@ def test_weight_bytes_are_those_of_a_real_run(
 def test_activations_are_those_of_a_real_turn(make_recipe: Make, checkpointed: bool) -> None:
     recipe = make_recipe(training={"checkpoint_activations": checkpointed, "batch_size": 8})
     trainer = Trainer(recipe, open_cache(recipe))
-    batch = trainer.batches.read(0, 0)
+    batch = trainer.batches.read(0, "student")
     tokens = int(batch.prompts.lengths.max())
     found = measure(recipe, 1, tokens)
     for name, turn in (
@@ -162,7 +162,7 @@ REAL = {
     "name": "real",
     "teacher": {"model": "Tongyi-MAI/Z-Image-Turbo"},
     "data": {"height": 1024, "width": 1024},
-    "student": {"parameters": "lora"},
+    "student": {"weights": "lora"},
     "training": {"batch_size": 1, "checkpoint_activations": True},
 }
 

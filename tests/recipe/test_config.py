@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -72,10 +75,10 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ),
         ({"losses": {"tau_range": [0.9, 0.1]}}, "losses: tau_range must ascend"),
         ({"losses": {"final": {"guidance_augmentation": 1.0}}}, "needs score.model"),
-        ({"losses": {"consistency": 1.0}}, "consistency needs student.parameters: shared"),
+        ({"losses": {"consistency": 1.0}}, "consistency needs student.steps: shared"),
         (
-            {"student": {"parameters": "lora", "init": "zoo:emoji-student"}},
-            "student.init is not available with student.parameters: lora",
+            {"student": {"weights": "lora", "init": "zoo:emoji-student"}},
+            "student.init is not available with student.weights: lora",
         ),
         ({"training": {"turns": 10}}, r"warmup_turns \(200\) exceeds"),
         ({"name": "../escape"}, "name: "),
@@ -141,3 +144,19 @@ def test_differences_name_what_a_continuation_may_not_change() -> None:
         "data.height was 64, is 32",
         "training.batch_size was 24, is 8",
     ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"student": {"parameters": "lora"}}, "student.parameters: is now student.weights: lora"),
+        ({"student": {"parameters": "shared"}}, "student.parameters: is now student.steps: shared"),
+        ({"student": {"parameters": 3}}, "student.steps (decoupled or shared) and student.weights"),
+        ({"data": {"shard_size": 8}}, "data.shard_size: is now data.samples_per_file"),
+    ],
+)
+def test_keys_of_earlier_versions_say_what_to_write_now(
+    make_recipe: Callable[..., Recipe], sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        make_recipe(**sections)

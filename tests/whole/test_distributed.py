@@ -55,7 +55,7 @@ def distill(recipe: Recipe, processes: int, tmp_path: Path) -> None:
 
 
 SIZES = {"other_sizes": [[32, 64]], "caption_window": 2}
-LORA: dict[str, Any] = {"parameters": "lora", "rank": 4, "backbone_dtype": "float32"}
+LORA: dict[str, Any] = {"weights": "lora", "rank": 4, "backbone_dtype": "float32"}
 
 
 @pytest.mark.slow
@@ -63,10 +63,10 @@ LORA: dict[str, Any] = {"parameters": "lora", "rank": 4, "backbone_dtype": "floa
 @pytest.mark.parametrize(
     ("processes", "student", "distributed", "own", "both"),
     [
-        (2, {"parameters": "decoupled"}, {}, {}, {"data": SIZES}),
-        (2, {"parameters": "decoupled"}, {"sharding": "shard"}, {"micro_batch": 1}, {}),
-        (2, {"parameters": "shared"}, {"sharding": "shard", "cpu_offload": True}, {}, {}),
-        (4, {"parameters": "decoupled"}, {"sharding": "shard", "shard_size": 2}, {}, {}),
+        (2, {"steps": "decoupled"}, {}, {}, {"data": SIZES}),
+        (2, {"steps": "decoupled"}, {"sharding": "shard"}, {"micro_batch": 1}, {}),
+        (2, {"steps": "shared"}, {"sharding": "shard", "cpu_offload": True}, {}, {}),
+        (4, {"steps": "decoupled"}, {"sharding": "shard", "shard_size": 2}, {}, {}),
         (2, LORA, {}, {"micro_batch": 1, "async_saves": True}, {}),
         (2, LORA, {}, {}, {"training": {"optimizer": "adafactor"}}),
     ],

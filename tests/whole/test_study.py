@@ -43,7 +43,7 @@ def recipe(study: ModuleType, name: str, common: tuple[str, ...] = ()) -> Recipe
 
 
 @pytest.mark.parametrize(
-    ("name", "reals", "parameters", "gradient", "step1", "adversarial", "fitted"),
+    ("name", "reals", "steps", "gradient", "step1", "adversarial", "fitted"),
     [
         ("dmd", "teacher", "shared", "cut", 0.5, False, False),
         ("dmd2_like", "out/rendered", "shared", "cut", 0.5, True, False),
@@ -58,7 +58,7 @@ def test_ladder(
     study: ModuleType,
     name: str,
     reals: str,
-    parameters: str,
+    steps: str,
     gradient: str,
     step1: float,
     adversarial: bool,
@@ -68,7 +68,7 @@ def test_ladder(
     assert name in study.TABLES["ladder"]
     found = recipe(study, name)
     assert found.data.reals == reals
-    assert found.student.parameters == parameters
+    assert found.student.steps == steps
     assert found.student.gradient == gradient
     assert found.losses.step1.weight == step1
     assert found.uses_critic == adversarial
@@ -113,7 +113,7 @@ def test_removals_take_away_one_idea_each(study: ModuleType) -> None:
     full = recipe(study, "full")
     without = {n: recipe(study, n) for n in study.TABLES["removal"] if n != "full"}
     assert without["cut"].student.gradient == "cut"
-    assert without["shared"].student.parameters == "shared"
+    assert without["shared"].student.steps == "shared"
     assert not without["no_critic"].uses_critic
     assert without["no_matching"].losses.final.distribution_matching == 0
     assert without["external"].data.reals != full.data.reals

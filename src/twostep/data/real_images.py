@@ -14,6 +14,7 @@ from twostep.errors import RecipeError
 from twostep.models.codec import Decoder
 from twostep.models.folder import ModelFolder
 from twostep.models.prompt_encoder import PromptEncoder
+from twostep.runtime.randomness import Stream, rng
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -53,9 +54,10 @@ class ExternalReals:
         if captions is not None:
             self.embeds = PromptEncoder.load(teacher.base).encode(captions)
 
-    def draw(self, number: int, count: int) -> tuple[Tensor, list[Tensor] | None]:
-        """Latents (count, C, H, W) and their captions' embeddings, a function of `number`."""
-        picks = np.random.default_rng((5, number)).integers(len(self.latents), size=count)
+    def draw(self, number: int, count: int, *, seed: int) -> tuple[Tensor, list[Tensor] | None]:
+        """Latents (count, C, H, W) and their captions' embeddings, for batch `number` of a run."""
+        generator = rng(seed, Stream.EXTERNAL_REALS, number)
+        picks = generator.integers(len(self.latents), size=count)
         embeds = None if self.embeds is None else [self.embeds[i] for i in picks]
         return self.latents[torch.from_numpy(picks)], embeds
 

@@ -52,18 +52,19 @@ def rows_of(recipe: Recipe, world: World) -> list[slice]:
     return [slice(i, i + size) for i in range(first, first + own, size)]
 
 
-def order_of(cache: TeacherCache, window: int = 1) -> Order:
+def order_of(cache: TeacherCache, seed: int, window: int = 1) -> Order:
     """The order in which a run reads `cache`."""
     sizes = [cache.spec.samples_of(place) for place in range(len(cache.spec.sizes))]
-    return Order(sizes, cache.caption_lengths(), window)
+    return Order(sizes, cache.caption_lengths(), seed=seed, window=window)
 
 
 class Batches:
-    """The batches of a run, on `device`; a batch is a function of its number and a seed."""
+    """The batches of a run, on `device`; a batch is a function of its number and purpose."""
 
     def __init__(self, recipe: Recipe, cache: TeacherCache, device: torch.device) -> None:
-        self.size, self.cache, self.device = recipe.training.batch_size, cache, device
-        self.order = order_of(cache, recipe.data.caption_window)
+        self.size, self.seed = recipe.training.batch_size, recipe.training.seed
+        self.cache, self.device = cache, device
+        self.order = order_of(cache, self.seed, recipe.data.caption_window)
         self.reals: dict[tuple[int, ...], ExternalReals] = {}
         if recipe.data.reals != "teacher":
             for size in recipe.data.sizes:
@@ -71,15 +72,15 @@ class Batches:
                 self.reals[external.latents.shape[1:]] = external
         self.empty = PromptBatch.collate([cache.empty_embeds], device)
 
-    def read(self, number: int, seed: int, rows: slice | None = None) -> Batch:
-        """The rows of one batch; all of them if None."""
+    def read(self, number: int, purpose: str, rows: slice | None = None) -> Batch:
+        """The rows of one batch; all of them if None. Each purpose has an order of its own."""
         rows = rows or slice(0, self.size)
-        samples = self.cache.read(self.order.batch(number, self.size, seed)[rows])
+        samples = self.cache.read(self.order.batch(number, self.size, purpose=purpose)[rows])
         latents = samples.latents.to(self.device)
         prompts = PromptBatch.collate(samples.embeds, self.device)
         reals, real_prompts = latents, prompts
         if self.reals:
-            drawn, embeds = self.reals[latents.shape[1:]].draw(number, self.size)
+            drawn, embeds = self.reals[latents.shape[1:]].draw(number, self.size, seed=self.seed)
             reals = drawn[rows].to(self.device)
             if embeds is not None:
                 real_prompts = PromptBatch.collate(embeds[rows], self.device)

@@ -25,6 +25,8 @@ from twostep.distill.tensor_files import (
 from twostep.errors import UserError
 from twostep.runtime.distributed import World
 
+# 2: networks without a wrapper around them, random numbers in named streams.
+VERSION = 2
 _NAME = re.compile(r"(fit|turn)-(\d{7})$")
 
 
@@ -105,6 +107,7 @@ class TrainingState:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             record = {
+                "version": VERSION,
                 "progress": asdict(self.progress),
                 "ema_updates": self.ema.updates,
                 "optimizer_groups": {
@@ -159,6 +162,12 @@ class TrainingState:
         """
         try:
             record = json.loads((checkpoint / "state.json").read_text())
+            if record.get("version", 1) != VERSION:
+                raise ValueError(
+                    f"it has format {record.get('version', 1)}, as twostep 0.1 wrote it; this "
+                    f"version goes on from format {VERSION} only. Finish the run with the version "
+                    "that began it, or begin a new one"
+                )
             names = stored_names(checkpoint)
             for name, optimizer in self.optimizers.items():
                 make_states(optimizer, f"optimizer/{name}/", names)

@@ -8,7 +8,11 @@ from typing import Any
 
 # Bounds outside which a run is in trouble, and what to try (docs/method.md, failure modes).
 _ALARMS = {
-    "critic/accuracy": (None, 0.95, "the critic wins: lower its rate, or the adversarial weight"),
+    "critic/accuracy_final": (
+        None,
+        0.95,
+        "the critic wins: lower its rate, or the adversarial weight",
+    ),
     "validation/latents_std": (0.8, 1.25, "latents saturate or fade: lower the learning rate"),
     "validation/latents_mean": (-0.2, 0.2, "latents drift: lower the learning rate"),
     "validation/diversity": (0.6, None, "seeds look alike: raise distribution matching"),

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _SHOWN = {
     "loss": "loss",
     "final/distribution_matching": "dm",
-    "critic/accuracy": "critic",
+    "critic/accuracy_final": "critic",
     "score/flow_matching": "score",
     "validation/kernel_distance": "distance",
     "validation/diversity": "diversity",

@@ -81,28 +81,28 @@ class Trainer:
             self.state.load(checkpoint)
 
     def _build_updates(self, gradients: Gradients) -> dict[str, Update]:
-        """By purpose: score, critic, student. Each reads the cache in an order of its own."""
-        roles, seed = self.roles, self.recipe.training.seed
+        """By purpose: score, critic, student."""
+        roles = self.roles
         watched = {"first": roles.first.parameters()}
         if not roles.shared:
             watched["second"] = roles.second.parameters()
         critic = {"fake": roles.fake_parameters(), "critic": list(roles.critic.heads.parameters())}
         student = {"student": roles.student_parameters()}
 
-        def update(purpose: str, seed: int, parameters: dict, watched: dict) -> Update:
+        def update(purpose: str, parameters: dict, watched: dict) -> Update:
             optimizers = {name: self.state.optimizers[name] for name in parameters}
             return Update(
-                gradients, self.progress, purpose=purpose, seed=seed, optimizers=optimizers,
+                gradients, self.progress, purpose=purpose, optimizers=optimizers,
                 parameters=parameters, watched=watched,
             )  # fmt: skip
 
         updates = {
-            "critic": update("critic", seed + 2, critic, {}),
-            "student": update("student", seed, student, watched),
+            "critic": update("critic", critic, {}),
+            "student": update("student", student, watched),
         }
         if self.recipe.score.fit_turns:
             score = {"score": roles.score.parameters()}
-            updates["score"] = update("score", seed + 3, score, {})
+            updates["score"] = update("score", score, {})
         return updates
 
     @property

@@ -41,7 +41,7 @@ class Gradients:
     computing: Callable[[], AbstractContextManager[None]]
 
     def __call__(
-        self, compute: Callable[[Batch, Draws], Turn], number: int, *, seed: int, purpose: str
+        self, compute: Callable[[Batch, Draws], Turn], number: int, *, purpose: str
     ) -> dict[str, Tensor]:
         """Adds up the gradients of this process's rows; `loss` and its terms, of the whole batch.
 
@@ -50,7 +50,7 @@ class Gradients:
         total: dict[str, Tensor] = {}
         settings = self.recipe.training
         for rows in self.rows:
-            batch = self.batches.read(number, seed, rows)
+            batch = self.batches.read(number, purpose, rows)
             draws = Draws(
                 settings.seed, number, purpose,
                 device=self.device, rows=rows, total=settings.batch_size,
@@ -71,8 +71,7 @@ class Update:
     """A step of the optimizers that learn from one kind of turn.
 
     Attributes:
-        purpose: of its random numbers (`draws.py`).
-        seed: of the order in which it reads the cache.
+        purpose: of its random numbers, and of the order in which it reads the cache.
         optimizers, parameters: by name.
         watched: parameters whose gradient's norm is worth a record, by name.
     """
@@ -80,7 +79,6 @@ class Update:
     gradients: Gradients
     progress: Progress
     purpose: str
-    seed: int
     optimizers: Mapping[str, torch.optim.Optimizer]
     parameters: Mapping[str, list[nn.Parameter]]
     watched: Mapping[str, list[nn.Parameter]]
@@ -94,7 +92,7 @@ class Update:
             TrainingStopped: if too many in a row were not finite.
         """
         self.zero()
-        terms = self.gradients(compute, number, seed=self.seed, purpose=self.purpose)
+        terms = self.gradients(compute, number, purpose=self.purpose)
         if not terms:
             return {}, False
         for parameters in self.parameters.values():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from twostep.method.rollout import Rollout, euler, seeded_noise, two_step
 from twostep.models.velocity import bind, guided_field
 from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World
+from twostep.runtime.randomness import Stream, seeds_of
 
 # Nearly clean: the features must see the picture, yet stay where the teacher was trained.
 _FEATURE_SIGMA = 0.1
@@ -54,13 +54,12 @@ class Validator:
         self.schedule = cache.spec.schedule
         available = 2 * len(cache.spec.samples_of(0))
         count = min(recipe.training.validation_samples, available) // 2 * 2
-        order, seed = order_of(cache), recipe.training.seed + 1
-        samples = cache.read(order.of_size(0, 0, count // 2, seed))
+        order = order_of(cache, recipe.training.seed)
+        samples = cache.read(order.of_size(0, 0, count // 2, purpose="validation"))
         self.prompts = samples.prompts * 2
         self.embeds = samples.embeds * 2
         self.groups = torch.arange(count // 2).repeat(2)
-        state = np.random.SeedSequence((recipe.data.seed, 4))
-        seeds = [int(s) for s in state.generate_state(2 * count, np.uint32)]
+        seeds = seeds_of(recipe.data.seed, Stream.VALIDATION_NOISE, 2 * count)
         shape = (samples.latents.shape[1], samples.latents.shape[2], samples.latents.shape[3])
         self.noise = seeded_noise(seeds[:count], shape)
         self.feature_noise = seeded_noise(seeds[count:], shape)
@@ -70,7 +69,7 @@ class Validator:
         # Distances are to teacher images of other prompts and noise, where the cache has them:
         # a student is to match a distribution, and the estimator takes pairs that share either
         # for more than equality.
-        others = cache.read(order.of_size(0, 0, 3 * count // 2, seed)[-count:])
+        others = cache.read(order.of_size(0, 0, 3 * count // 2, purpose="validation")[-count:])
         self.reference = self._features(others.latents, others.embeds)
         teacher_features = self._features(self.teacher_latents, self.embeds)
         self.teacher_diversity = pairwise_diversity(teacher_features, self.groups)

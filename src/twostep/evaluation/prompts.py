@@ -6,13 +6,13 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from twostep.data.prompts import load_prompts
 from twostep.emoji.scenes import Scene, held_out_scenes
 from twostep.method.rollout import seeded_noise
+from twostep.runtime.randomness import Stream, seeds_of
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ class PromptSet:
 
     def noise_seeds(self, reference: bool = False) -> list[int]:
         """One seed per image; the reference set has seeds of its own."""
-        state = np.random.SeedSequence((self.seed, 6)).generate_state(2 * len(self), np.uint32)
-        own, other = state[: len(self)], state[len(self) :]
-        return (other if reference else own).tolist()
+        found = seeds_of(self.seed, Stream.EVALUATION_NOISE, 2 * len(self))
+        return found[len(self) :] if reference else found[: len(self)]
 
     def noise(self, rows: slice, shape: tuple[int, int, int], reference: bool = False) -> Tensor:
         """Initial noise of some images, (rows, C, H, W)."""

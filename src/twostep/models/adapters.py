@@ -23,6 +23,7 @@ from twostep.errors import RecipeError
 from twostep.families.family import Prediction, PromptBatch
 from twostep.models.int8 import pack_int8
 from twostep.models.student import STEPS
+from twostep.runtime.randomness import Stream, torch_seed
 
 
 class AdapterSwitch:
@@ -120,7 +121,7 @@ class SharedBackbone(AdapterSwitch):
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules)
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # several adapters are meant
-                torch.manual_seed(seed + index)
+                torch.manual_seed(torch_seed(seed, Stream.ADAPTERS, index))
                 try:
                     inject_adapter_in_model(config, model, name)
                 except ValueError as error:

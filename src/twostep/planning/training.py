@@ -201,9 +201,9 @@ def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
         # Buffers: packed weights.
         held = chain(role.model.parameters(), role.model.buffers())
         own = [p for p in held if id(p) not in seen]
-        if recipe.student.parameters == "lora" and trained:
+        if recipe.student.weights == "lora" and trained:
             own = [p for p in own if id(p) in trained]
-        elif recipe.student.parameters == "lora":
+        elif recipe.student.weights == "lora":
             own = [p for p in own if not p.requires_grad]
         seen.update(id(p) for p in own)
         if name == "score":
@@ -279,12 +279,12 @@ def _advice(recipe: Recipe, processes: int, prompt_tokens: int, memory: int) -> 
         )
     if (recipe.training.micro_batch or own) > 1:
         steps.append(("training.micro_batch=1", {"training": {"micro_batch": 1}}))
-    if recipe.student.parameters != "lora":
+    if recipe.student.weights != "lora":
         steps.append(("teacher.dtype=bfloat16", {"teacher": {"dtype": "bfloat16"}}))
         if processes > 1 and recipe.distributed.sharding == "replicate":
             steps.append(("distributed.sharding=shard", {"distributed": {"sharding": "shard"}}))
-        lora = {"student": {"parameters": "lora"}, "distributed": {"sharding": "replicate"}}
-        steps.append(("student.parameters=lora", lora))
+        lora = {"student": {"weights": "lora"}, "distributed": {"sharding": "replicate"}}
+        steps.append(("student.weights=lora", lora))
     applied: list[str] = []
     for name, changes in steps:
         applied.append(name)

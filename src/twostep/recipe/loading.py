@@ -14,6 +14,17 @@ from pydantic import BaseModel, ValidationError
 from twostep.errors import RecipeError
 from twostep.recipe.schema import Recipe
 
+# Keys of earlier versions: what to write now, by the value that was given; "" for any other.
+RENAMED: dict[str, dict[str, str]] = {
+    "student.parameters": {
+        "decoupled": "student.steps: decoupled (with student.weights: full)",
+        "shared": "student.steps: shared (with student.weights: full)",
+        "lora": "student.weights: lora (with student.steps: decoupled)",
+        "": "student.steps (decoupled or shared) and student.weights (full or lora)",
+    },
+    "data.shard_size": {"": "data.samples_per_file"},
+}
+
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Reads a YAML recipe; `overrides` are `key.path=value`, the value parsed as YAML.
@@ -77,6 +88,9 @@ def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
+        renamed = RENAMED.get(key)
+        if renamed is not None:
+            return f"{key}: is now {renamed.get(str(error['input']), renamed[''])}"
         known = _keys_of_section(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"

@@ -49,20 +49,19 @@ def _guidance_has_a_source(recipe: Recipe) -> None:
 
 def _lora_fits(recipe: Recipe) -> None:
     student = recipe.student
-    if recipe.score.fit_turns and recipe.score.model and student.parameters == "lora":
+    if recipe.score.fit_turns and recipe.score.model and student.weights == "lora":
         raise ValueError(
-            "score.fit_turns with student.parameters: lora fits an adapter on the teacher; "
+            "score.fit_turns with student.weights: lora fits an adapter on the teacher; "
             "leave score.model empty"
         )
-    if recipe.losses.consistency and student.parameters != "shared":
+    if recipe.losses.consistency and student.steps != "shared":
         raise ValueError(
-            "losses.consistency needs student.parameters: shared, since one network must "
-            f"answer at every noise level; got {student.parameters}"
+            "losses.consistency needs student.steps: shared, since one network must "
+            f"answer at every noise level; got {student.steps}"
         )
-    if student.parameters == "lora" and student.init is not None:
+    if student.weights == "lora" and student.init is not None:
         raise ValueError(
-            "student.init is not available with student.parameters: lora, whose adapters "
-            "start at zero"
+            "student.init is not available with student.weights: lora, whose adapters start at zero"
         )
 
 
@@ -75,10 +74,10 @@ def _sharding_fits(recipe: Recipe) -> None:
             "training.optimizer: adafactor needs whole matrices; with distributed.sharding: "
             "shard use adamw, whose states are sharded too"
         )
-    if sharding.sharding == "shard" and recipe.student.parameters == "lora":
+    if sharding.sharding == "shard" and recipe.student.weights == "lora":
         raise ValueError(
             "distributed.sharding: shard is for full sets of weights; with "
-            "student.parameters: lora every process holds the one backbone"
+            "student.weights: lora every process holds the one backbone"
         )
 
 

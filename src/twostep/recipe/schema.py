@@ -93,7 +93,7 @@ class Data(_Section):
         Path("runs/cache"),
         description="folder of the teacher's images; runs of the same teacher and data share it",
     )
-    shard_size: Count = Field(256, description="images in each file of the cache")
+    samples_per_file: Count = Field(256, description="images in each file of the cache")
     reals: str = Field(
         "teacher",
         description="teacher, or a folder of images for the critic's reals; captions from its "
@@ -118,10 +118,13 @@ class Data(_Section):
 class Student(_Section):
     """How the two steps are parameterised and joined."""
 
-    parameters: Literal["decoupled", "shared", "lora"] = Field(
-        "decoupled",
-        description="two full sets, one full set for both steps, or two LoRA sets on the frozen "
-        "teacher, whose weights then serve every role",
+    steps: Literal["decoupled", "shared"] = Field(
+        "decoupled", description="a set of weights for each step, or one for both"
+    )
+    weights: Literal["full", "lora"] = Field(
+        "full",
+        description="what a set is: all weights, or a LoRA on the frozen teacher, whose weights "
+        "then serve every role",
     )
     init: str | None = Field(
         None,
@@ -148,11 +151,6 @@ class Student(_Section):
         description="euler: step 2 goes on where step 1's velocity leads; renoise: at step 1's "
         "image with fresh noise",
     )
-
-    @property
-    def sharing(self) -> Literal["shared", "decoupled"]:
-        """Whether both steps have the same parameters."""
-        return "shared" if self.parameters == "shared" else "decoupled"
 
 
 class StepLosses(_Section):
@@ -189,7 +187,7 @@ class Losses(_Section):
     consistency: NonNegative = Field(
         0.0,
         description="weight of latent consistency distillation along the teacher's steps; for one "
-        "set of weights (student.parameters: shared)",
+        "set of weights (student.steps: shared)",
     )
     tau_range: tuple[Fraction, Fraction] = Field(
         (0.02, 0.98), description="noise levels at which clean predictions are judged"

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from twostep.data.prompts import load_prompts
 from twostep.errors import RecipeError
 from twostep.method.schedule import Schedule
@@ -18,6 +16,7 @@ from twostep.recipe.schema import (
     Recipe,
     Size,
 )
+from twostep.runtime.randomness import Stream, torch_seed
 
 VERSION = 1
 
@@ -94,7 +93,7 @@ class CacheSpec:
             sizes=data.sizes,
             samples_per_prompt=data.samples_per_prompt,
             seed=data.seed,
-            prompts_per_shard=max(1, data.shard_size // data.samples_per_prompt),
+            prompts_per_shard=max(1, data.samples_per_file // data.samples_per_prompt),
         )
 
     @property
@@ -127,8 +126,7 @@ class CacheSpec:
 
     def noise_seed(self, sample: int) -> int:
         """Seed of a sample's initial noise."""
-        state = np.random.SeedSequence((self.seed, 1, sample)).generate_state(1, np.uint64)
-        return int(state[0] >> np.uint64(1))
+        return torch_seed(self.seed, Stream.CACHE_NOISE, sample)
 
     @cached_property
     def fingerprint(self) -> str:

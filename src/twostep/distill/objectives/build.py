@@ -19,6 +19,7 @@ from twostep.models.folder import ModelFolder
 from twostep.models.velocity import Velocity
 from twostep.recipe.schema import Recipe
 from twostep.runtime.files import folder_fingerprint
+from twostep.runtime.randomness import Stream, torch_seed
 
 # (folder, part, dtype) -> the part's network, where it is to run
 Load = Callable[[ModelFolder, str, torch.dtype], Any]
@@ -55,7 +56,7 @@ def build_roles(
     starts = _starts(recipe, teacher, score_folder)
     _check_critic_layers(recipe, teacher)
     _check_score(teacher, score_folder)
-    if recipe.student.parameters == "lora":
+    if recipe.student.weights == "lora":
         own, trained = _adapter_roles(recipe, teacher, load, list(starts))
     else:
         own, trained = _full_roles(recipe, teacher, load, starts)
@@ -80,7 +81,7 @@ def build_roles(
 def _heads(recipe: Recipe, width: int) -> CriticHeads:
     """Drawn from the recipe's seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.training.seed)
+        torch.manual_seed(torch_seed(recipe.training.seed, Stream.HEADS))
         return CriticHeads(width, len(recipe.critic.layers), recipe.critic.width)
 
 
@@ -143,8 +144,8 @@ def _starts(recipe: Recipe, teacher: ModelFolder, score: ModelFolder | None) -> 
     if recipe.student.init is not None:
         student = ModelFolder.open(recipe.student.init)
         starts = {"first": (student, "transformer"), "second": (student, "transformer_2")}
-        _check_start(student, teacher, shared=recipe.student.sharing == "shared")
-    if recipe.student.sharing == "shared":
+        _check_start(student, teacher, shared=recipe.student.steps == "shared")
+    if recipe.student.steps == "shared":
         del starts["second"]
     names = ("fake1", "fake2") if recipe.fake.models == "per_step" else ("fake1",)
     starts |= dict.fromkeys(names, from_teacher)
@@ -165,7 +166,7 @@ def _check_start(student: ModelFolder, teacher: ModelFolder, *, shared: bool) ->
     first, second = (folder_fingerprint(student.base / part) for part in student.parts)
     if first != second:
         raise RecipeError(
-            f"student.init: the two steps of {student.name} differ, student.parameters: shared "
+            f"student.init: the two steps of {student.name} differ, student.steps: shared "
             "needs them equal"
         )
 

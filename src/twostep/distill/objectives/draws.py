@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from twostep.method.schedule import Schedule
+from twostep.runtime.randomness import Stream, torch_seed
 
 PURPOSES = ("student", "critic", "validation", "score")
 
@@ -30,8 +30,7 @@ class Draws:
         rows: slice | None = None,
         total: int = 0,
     ) -> None:
-        state = np.random.SeedSequence((seed, 3, PURPOSES.index(purpose), turn))
-        number = int(state.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        number = torch_seed(seed, Stream.DRAWS, PURPOSES.index(purpose), turn)
         self.generator, self.device = torch.Generator().manual_seed(number), device
         self.rows, self.total = rows or slice(None), total
 

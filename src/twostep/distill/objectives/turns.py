@@ -20,6 +20,9 @@ from twostep.method.schedule import Schedule
 from twostep.models.velocity import Velocity, bind, guided_field
 from twostep.recipe.schema import Recipe
 
+# The two steps in recipe and log.
+STEP_NAMES = ("step1", "final")
+
 
 @dataclass(frozen=True)
 class Objectives:
@@ -43,8 +46,8 @@ class StudentTurn:
     def __init__(self, recipe: Recipe, roles: Roles, schedule: Schedule) -> None:
         self.recipe, self.roles, self.schedule = recipe, roles, schedule
         self.end_to_end = recipe.student.gradient == "end_to_end"
-        weights = {"step1": recipe.losses.step1, "final": recipe.losses.final}
-        levels = {"step1": 1.0, "final": schedule.step2_sigma}
+        weights = dict(zip(STEP_NAMES, (recipe.losses.step1, recipe.losses.final), strict=True))
+        levels = dict(zip(STEP_NAMES, (1.0, schedule.step2_sigma), strict=True))
         self._judged = {
             name: Judged(recipe, schedule, sigma, roles.score, roles.fake_of(step), roles.critic)
             for step, (name, sigma) in enumerate(levels.items())
@@ -88,7 +91,7 @@ class StudentTurn:
         if any(self._active.values()):
             noise = batch.noise if self._on_cached_noise else draws.normal_like(batch.noise)
             rollout = self.rollout(noise, batch.prompts, draws)
-            for name, clean in (("step1", rollout.clean1), ("final", rollout.clean2)):
+            for name, clean in zip(STEP_NAMES, (rollout.clean1, rollout.clean2), strict=True):
                 for term, weight, loss in self._active[name]:
                     value = loss(self._judged[name], clean, batch, draws)
                     total = total + weight * value
@@ -163,13 +166,12 @@ class CriticTurn:
         for step in self._followed:
             loss = self._fit(self.roles.fake_of(step), cleans[step], batch.prompts, draws)
             total = total + loss
-            logged[f"fake/step{step + 1}"] = loss.detach()
+            logged[f"fake/{STEP_NAMES[step]}"] = loss.detach()
         for step in self._judged:
             loss, accuracy = self._judge(cleans[step], batch, draws)
             total = total + loss
-            suffix = "" if step == 1 else "_step1"
-            logged[f"critic/loss{suffix}"] = loss.detach()
-            logged[f"critic/accuracy{suffix}"] = accuracy
+            logged[f"critic/loss_{STEP_NAMES[step]}"] = loss.detach()
+            logged[f"critic/accuracy_{STEP_NAMES[step]}"] = accuracy
         return Turn(total, logged)
 
     def _judge(self, clean: Tensor, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:

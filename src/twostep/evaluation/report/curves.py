@@ -19,13 +19,13 @@ _CHARTS: tuple[tuple[str, dict[str, str]], ...] = (
         "Distribution matching",
         {"final/distribution_matching": "final", "step1/distribution_matching": "step 1"},
     ),
-    ("Critic accuracy", {"critic/accuracy": "final", "critic/accuracy_step1": "step 1"}),
+    ("Critic accuracy", {"critic/accuracy_final": "final", "critic/accuracy_step1": "step 1"}),
     (
         "Gradient norm",
         {"gradient_norm/first": "first step", "gradient_norm/second": "second step"},
     ),
     ("Student’s loss", {"loss": "all terms"}),
-    ("Fakes’ loss", {"fake/step1": "step 1", "fake/step2": "final"}),
+    ("Fakes’ loss", {"fake/step1": "step 1", "fake/final": "final"}),
     ("Spread of the latents", {"latents/std": "final"}),
 )
 _WIDTH, _HEIGHT = 320.0, 170.0
