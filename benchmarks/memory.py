@@ -27,9 +27,7 @@ from twostep.evaluation.metrics import peak_signal_to_noise
 from twostep.evaluation.prompts import PromptSet
 from twostep.exports.registry import ExportOptions, export
 from twostep.families.family import PromptBatch
-from twostep.inference.generate import (
-    Holding,
-)
+from twostep.inference.generate import Holding
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder

@@ -10,9 +10,7 @@ from safetensors.torch import load_file
 from twostep.distill.checkpoint import list_checkpoints
 from twostep.distill.monitor import read_metrics
 from twostep.distill.tensor_files import load_tensors
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 
 def final_state(recipe: Recipe, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,9 +14,7 @@ import torch
 
 from twostep.data.cache.build import open_cache
 from twostep.distill.trainer import Trainer
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.files import replace_folder, write_atomically
 
 

@@ -11,9 +11,7 @@ from PIL import Image
 from twostep.emoji.art import fetch_art
 from twostep.emoji.render import load_sprites, render
 from twostep.emoji.scenes import training_scenes
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.files import write_atomically
 
 

@@ -28,9 +28,7 @@ from twostep.data.cache.build import open_cache
 from twostep.distill.monitor import read_metrics
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
 from twostep.evaluation.prompts import PromptSet
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.files import write_atomically
 
 HERE = Path(__file__).parent

@@ -26,9 +26,7 @@ from twostep.inference.sampler import Sampler
 from twostep.method.rollout import euler
 from twostep.method.schedule import sigma_schedule
 from twostep.models.velocity import bind
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 Make = Callable[..., Recipe]
 

@@ -20,9 +20,7 @@ from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
 from twostep.families.zimage import Prediction
 from twostep.method.flow import add_noise, velocity_target
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 Make = Callable[..., Recipe]
 LORA = {"weights": "lora", "rank": 4, "backbone_dtype": "float32"}

@@ -31,9 +31,7 @@ from twostep.inference.pipeline import TwoStepPipeline
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import Rollout
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")

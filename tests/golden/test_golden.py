@@ -26,9 +26,7 @@ from twostep.distill.monitor import read_metrics
 from twostep.distill.trainer import Trainer
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.images import to_bytes
 
 GOLDEN = Path(__file__).with_name("golden.json")

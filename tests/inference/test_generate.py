@@ -16,11 +16,7 @@ from tiny import random_transformer
 from twostep.cli import app
 from twostep.errors import InputError, ModelError
 from twostep.inference.compare import compare, parse_model
-from twostep.inference.generate import (
-    generate,
-    parse_size,
-    read_prompts,
-)
+from twostep.inference.generate import generate, parse_size, read_prompts
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule

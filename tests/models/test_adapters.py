@@ -27,10 +27,7 @@ from twostep.models.adapters import SharedBackbone
 from twostep.models.compiling import compile_blocks
 from twostep.models.int8 import Int8Linear
 from twostep.models.velocity import bind
-from twostep.recipe.schema import (
-    Recipe,
-    Student,
-)
+from twostep.recipe.schema import Recipe, Student
 
 NAMES = ["first", "second", "fake1", "fake2"]
 TARGETS = Student().target_modules

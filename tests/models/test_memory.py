@@ -16,10 +16,7 @@ from twostep.errors import InputError, ModelError
 from twostep.exports.combine import assemble
 from twostep.exports.registry import ExportOptions, export
 from twostep.inference import generate as generate_module
-from twostep.inference.generate import (
-    Holding,
-    generate,
-)
+from twostep.inference.generate import Holding, generate
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from twostep.distill import checkpoint
 from twostep.distill.trainer import Trainer
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World
 
 _saves = 0

@@ -87,3 +87,24 @@ def test_nothing_is_unpickled() -> None:
             text = text.replace('torch.load(path, map_location="cpu", weights_only=True)', "")
         for word in ("torch.load", "pickle", "trust_remote_code=True", "0.0.0.0"):
             assert word not in text, f"{path}: {word}"
+
+
+def test_no_call_of_ours_is_a_wall_of_positions() -> None:
+    """At most four, but for the table of emoji, rich's Progress and what takes any number (`*args`)."""
+    definitions = [
+        node
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    variadic = {d.name for d in definitions if isinstance(d, ast.FunctionDef) and d.args.vararg}
+    ours = {d.name for d in definitions} - variadic - {"Emoji", "Progress", "__init__"}
+    walls = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or len(node.args) <= 4:
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ours:
+                walls.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {name}")
+    assert walls == []

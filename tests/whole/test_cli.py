@@ -10,9 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from twostep.cli import app, main
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 runner = CliRunner()
 

@@ -30,9 +30,7 @@ from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
 from twostep.models.compiling import compile_blocks
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World, gathered
 
 Make = Callable[..., Recipe]

@@ -14,9 +14,7 @@ from runs import assert_same_run
 from twostep.data.cache.build import open_cache
 from twostep.distill import on_ray
 from twostep.distill.trainer import Trainer
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 
 @pytest.mark.slow

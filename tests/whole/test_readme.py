@@ -15,9 +15,7 @@ from PIL import Image
 
 from twostep.cli import app
 from twostep.inference.sampler import Sampler
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,9 +76,7 @@ def test_tables_are_generated_from_their_json() -> None:
 
 @pytest.mark.parametrize("model", ["zoo:emoji-teacher", "zoo:emoji-student"])
 def test_models_of_the_readme_make_pictures(model: str, tmp_path: Path) -> None:
-    from twostep.inference.generate import (
-        generate,
-    )
+    from twostep.inference.generate import generate
 
     (picture,) = generate(["two cats on a red background"], model, tmp_path)
     with Image.open(picture.path) as image:

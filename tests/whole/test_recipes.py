@@ -9,9 +9,7 @@ import pytest
 from twostep.data.cache.build import open_cache
 from twostep.distill.trainer import Trainer
 from twostep.inference.pipeline import TwoStepPipeline
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 Z_IMAGE = [path for path in RECIPES if path.name.startswith("z-image")]

@@ -12,9 +12,7 @@ from types import ModuleType
 import pytest
 
 from twostep.data.cache.build import open_cache
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 FOLDER = Path(__file__).parents[2] / "studies" / "ablation"
 

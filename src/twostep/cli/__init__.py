@@ -50,9 +50,7 @@ def teach(
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
     """
     from twostep.data.cache import build
-    from twostep.recipe.schema import (
-        Recipe,
-    )
+    from twostep.recipe.schema import Recipe
 
     _quiet()
     build.open_cache(Recipe.load(recipe, overrides or ()), repair=repair)
@@ -71,9 +69,7 @@ def distill(
 
     Example: twostep distill recipes/emoji-demo.yaml training.turns=500
     """
-    from twostep.recipe.schema import (
-        Recipe,
-    )
+    from twostep.recipe.schema import Recipe
 
     resolved = Recipe.load(recipe, overrides or ())
     if dry_run:
@@ -110,9 +106,7 @@ def plan(
     """
     from twostep.planning.tables import tables
     from twostep.planning.training import plan as run
-    from twostep.recipe.schema import (
-        Recipe,
-    )
+    from twostep.recipe.schema import Recipe
 
     _quiet()
     found = run(Recipe.load(recipe, overrides or ()), gpus, memory, prompt_tokens, tflops)
@@ -167,15 +161,8 @@ def generate(
 
     From a file, with a sheet: twostep generate --model runs/x/student --prompts all.txt --grid
     """
-    from twostep.inference.generate import (
-        Holding,
-        parse_size,
-        read_prompts,
-        save_grid,
-    )
-    from twostep.inference.generate import (
-        generate as run,
-    )
+    from twostep.inference.generate import Holding, parse_size, read_prompts, save_grid
+    from twostep.inference.generate import generate as run
 
     _quiet()
     texts = read_prompts(prompts or (), prompts_file)
@@ -215,9 +202,7 @@ def compare(
     Example: twostep compare zoo:emoji-teacher@2 zoo:emoji-student --prompt "a dog" --count 8
     """
     from twostep.inference.compare import compare as run
-    from twostep.inference.generate import (
-        parse_size,
-    )
+    from twostep.inference.generate import parse_size
 
     _quiet()
     print(run(models, prompt, out, seed, count, parse_size(size), preview, device))
@@ -302,10 +287,7 @@ def export(
     Example: twostep export --model runs/x/student --to comfyui --out exported
     """
     from twostep.exports import registry
-    from twostep.inference.generate import (
-        parse_size,
-        read_prompts,
-    )
+    from twostep.inference.generate import parse_size, read_prompts
 
     _quiet()
     prompts = () if check is None else read_prompts((), check)

@@ -13,9 +13,7 @@ from twostep.distill.trainer import Trainer
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
 from twostep.evaluation.prompts import PromptSet
 from twostep.models.locate import ZOO
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 RECIPE = ZOO / "emoji-demo.yaml"
 SHIPPED = "zoo:emoji-student"

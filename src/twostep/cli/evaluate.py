@@ -12,9 +12,7 @@ from rich.console import Console
 from twostep.errors import InputError
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
 from twostep.evaluation.prompts import PromptSet
-from twostep.inference.generate import (
-    parse_size,
-)
+from twostep.inference.generate import parse_size
 from twostep.runtime.devices import pick_device
 from twostep.runtime.processes import local_device
 

@@ -12,9 +12,7 @@ from twostep.distill.objectives.batch import Batch
 from twostep.distill.order import Order
 from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World
 
 

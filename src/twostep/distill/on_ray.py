@@ -13,9 +13,7 @@ from twostep.data.cache.spec import CacheSpec
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.trainer import Trainer
 from twostep.errors import UserError
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 
 class RayError(UserError, RuntimeError):

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.distill.objectives.roles import Roles
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 
 
 def build_optimizers(recipe: Recipe, roles: Roles) -> dict[str, torch.optim.Optimizer]:

@@ -16,9 +16,7 @@ from torch.distributed.fsdp import (
 
 from twostep.errors import RecipeError
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World
 
 

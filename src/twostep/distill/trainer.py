@@ -74,7 +74,14 @@ class Trainer:
             Progress(),
         )
         self.updates = self._build_updates(
-            Gradients(recipe, self.batches, rows, self.world, self.device, self.computing)
+            Gradients(
+                recipe,
+                self.batches,
+                rows,
+                world=self.world,
+                device=self.device,
+                computing=self.computing,
+            )
         )
         checkpoint = self.folder.last_checkpoint()
         if checkpoint is not None:
@@ -92,9 +99,13 @@ class Trainer:
         def update(purpose: str, parameters: dict, watched: dict) -> Update:
             optimizers = {name: self.state.optimizers[name] for name in parameters}
             return Update(
-                gradients, self.progress, purpose=purpose, optimizers=optimizers,
-                parameters=parameters, watched=watched,
-            )  # fmt: skip
+                gradients,
+                self.progress,
+                purpose=purpose,
+                optimizers=optimizers,
+                parameters=parameters,
+                watched=watched,
+            )
 
         updates = {
             "critic": update("critic", critic, {}),
@@ -301,8 +312,11 @@ class Trainer:
             first, second = (whole_transformer(role.transformer()) for role in steps)
             if self.world.is_first:
                 save_student(
-                    self.cache.spec.teacher.base, first, second,
-                    schedule=self.schedule, folder=self.folder.student,
-                )  # fmt: skip
+                    self.cache.spec.teacher.base,
+                    first,
+                    second,
+                    schedule=self.schedule,
+                    folder=self.folder.student,
+                )
         self.world.wait()
         return self.folder.student

@@ -19,12 +19,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 
-from twostep.families.family import (
-    SEQUENCE_MULTIPLE,
-    LatentSpace,
-    Prediction,
-    PromptBatch,
-)
+from twostep.families.family import SEQUENCE_MULTIPLE, LatentSpace, Prediction, PromptBatch
 from twostep.method.flow import model_time
 
 PATCH = 2

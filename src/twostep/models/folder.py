@@ -63,9 +63,10 @@ class ModelFolder:
         name = str(name)
         path = locate(name, patterns)
         student = StudentIndex.read(path)
-        pair = student is not None and student.teacher is not None
-        base = locate(student.teacher, patterns) if pair and student and student.teacher else path
-        return ModelFolder(name, path, base, _family(base), student)
+        base = path
+        if student is not None and student.teacher is not None:
+            base = locate(student.teacher, patterns)
+        return ModelFolder(name, path, base, family=_family(base), student=student)
 
     @property
     def kind(self) -> Literal["teacher", "student", "lora_pair"]:

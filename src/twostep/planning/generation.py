@@ -104,11 +104,11 @@ def generation_needs(
         with live_bytes() as decoding:
             decoder.decode(noise)
         return GenerationNeeds(
-            _text_encoder_bytes(folder.config("text_encoder"), dtype),
-            held,
-            weight_bytes(decoder.vae),
-            rolling.peak,
-            decoding.peak,
+            text_encoder=_text_encoder_bytes(folder.config("text_encoder"), dtype),
+            transformers=held,
+            decoder=weight_bytes(decoder.vae),
+            steps=rolling.peak,
+            decoding=decoding.peak,
         )
 
 

@@ -32,9 +32,7 @@ from twostep.planning.weightless import (
     open_weightless,
     random_batch,
 )
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.runtime.memory_meter import gradients_dropped, live_bytes
 
 # The CUDA context, cuBLAS workspaces and what the allocator cannot reuse.
@@ -210,31 +208,33 @@ def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
             # Its gradients and optimizer states are gone before the student's are there.
             trained = set()
         averaged = name in ("first", "second")
-        optimizer = recipe.training.optimizer
-        result.append(_role_plan(name, own, trained, averaged, shards, optimizer))
+        result.append(
+            _role_plan(recipe, name, own, trained=trained, averaged=averaged, shards=shards)
+        )
     critic = list(roles.critic.heads.parameters())
-    learnt = {id(p) for p in critic}
-    result.append(_role_plan("critic", critic, learnt, False, 1, recipe.training.optimizer))
+    result.append(_role_plan(recipe, "critic", critic, trained={id(p) for p in critic}))
     return result
 
 
 def _role_plan(
+    recipe: Recipe,
     name: str,
     own: Sequence[Tensor],
+    *,
     trained: set[int],
-    averaged: bool,
-    shards: int,
-    optimizer: str,
+    averaged: bool = False,
+    shards: int = 1,
 ) -> RolePlan:
+    optimizer = recipe.training.optimizer
     learning = [p for p in own if id(p) in trained]
     learnt = sum(p.numel() for p in learning)
     return RolePlan(
-        name,
-        sum(p.numel() for p in own),
-        sum(p.numel() * p.element_size() for p in own) // shards,
-        4 * learnt // shards,
-        4 * sum(state_numbers(p, optimizer) for p in learning) // shards,
-        4 * learnt * averaged // shards,
+        name=name,
+        parameters=sum(p.numel() for p in own),
+        weights=sum(p.numel() * p.element_size() for p in own) // shards,
+        gradients=4 * learnt // shards,
+        optimizer=4 * sum(state_numbers(p, optimizer) for p in learning) // shards,
+        average=4 * learnt * averaged // shards,
     )
 
 

@@ -12,10 +12,7 @@ from twostep.data.prompts import load_prompts
 from twostep.errors import RecipeError
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import (
-    Recipe,
-    Size,
-)
+from twostep.recipe.schema import Recipe, Size
 from twostep.runtime.randomness import Stream, torch_seed
 
 VERSION = 1
@@ -76,8 +73,9 @@ class CacheSpec:
         if recipe.losses.warmup_step1_target == "trajectory":
             _check_on_grid(schedule, recipe.teacher.steps)
         prompts = load_prompts(
-            data.prompts, data.prompt_count, data.seed, data.prompt_column, data.prompt_split
-        )
+            data.prompts, data.prompt_count, data.seed,
+            column=data.prompt_column, split=data.prompt_split,
+        )  # fmt: skip
         if len(prompts) < len(data.sizes):
             raise RecipeError(
                 f"data.other_sizes: {len(data.sizes)} sizes need as many prompts at least, "
@@ -121,7 +119,8 @@ class CacheSpec:
             for first in range(samples.start, samples.stop, per_shard):
                 count = min(per_shard, samples.stop - first)
                 start, end = (n // self.samples_per_prompt for n in (first, first + count))
-                found.append(Shard(len(found), size, first, self.prompts[start:end], count))
+                prompts = self.prompts[start:end]
+                found.append(Shard(len(found), size, first=first, prompts=prompts, count=count))
         return found
 
     def noise_seed(self, sample: int) -> int:

@@ -49,7 +49,14 @@ class StudentTurn:
         weights = dict(zip(STEP_NAMES, (recipe.losses.step1, recipe.losses.final), strict=True))
         levels = dict(zip(STEP_NAMES, (1.0, schedule.step2_sigma), strict=True))
         self._judged = {
-            name: Judged(recipe, schedule, sigma, roles.score, roles.fake_of(step), roles.critic)
+            name: Judged(
+                recipe,
+                schedule,
+                sigma,
+                score=roles.score,
+                fake=roles.fake_of(step),
+                critic=roles.critic,
+            )
             for step, (name, sigma) in enumerate(levels.items())
         }
         self._active: dict[str, list[tuple[str, float, TermLoss]]] = {
