@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -27,18 +26,16 @@ from twostep.evaluation.metrics import peak_signal_to_noise
 from twostep.evaluation.prompts import PromptSet
 from twostep.exports.registry import ExportOptions, export
 from twostep.families.family import PromptBatch
-from twostep.inference.generate import (
-    Holding,
-)
+from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
 from twostep.models.int8 import KEPT, pack_int8
 from twostep.planning.generation import Steps, generation_needs
 from twostep.runtime.devices import MODES, Memory, pick_device
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_json
 from twostep.runtime.memory_meter import live_bytes, weight_bytes
-from twostep.runtime.provenance import git_commit, machine
+from twostep.runtime.provenance import stamp
 
 # What the real model is asked for, in pixels and tokens.
 REAL_SIZE, REAL_TOKENS = (1024, 1024), 128
@@ -75,7 +72,8 @@ class Bench:
         self.prompts = list(PromptSet.load("emoji", images, 1).captions)
 
     def load(self, way: Way) -> Sampler:
-        return Holding(way.memory).load(ModelFolder.open(way.model), self.prompts, self.device)
+        options = SamplerOptions(way.memory, device=self.device)
+        return options.load(ModelFolder.open(way.model), self.prompts)
 
     def pictures(self, sampler: Sampler) -> torch.Tensor:
         noise = seeded_noise(list(range(len(self.prompts))), sampler.noise_shape(*self.size))
@@ -191,17 +189,14 @@ def main(
         kinds = by_kind(bench, student, whole)
     results = {
         "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
-        "commit": git_commit(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
+        **stamp(),
         "size": size, "batch": batch, "images": images, "rounds": rounds,
         "lora": notes, "energy": energy, "real": real, "real_size": REAL_SIZE,
         "real_tokens": REAL_TOKENS, "real_rank": real_rank,
         "ways": found, "kinds": kinds,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1)
-    write_atomically(out, lambda p: p.write_text(text, encoding="utf-8"))
+    write_json(out, results)
     print(out)
 
 

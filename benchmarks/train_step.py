@@ -10,13 +10,11 @@ compared with that of large matrix products on the same device, measured in the 
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +35,8 @@ from twostep.planning.training import plan
 from twostep.planning.weightless import open_weightless, random_batch
 from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import pick_device
-from twostep.runtime.files import write_atomically
-from twostep.runtime.provenance import git_commit, machine
+from twostep.runtime.files import write_json
+from twostep.runtime.provenance import stamp
 
 _MATRIX = {"cuda": 8192, "cpu": 2048}
 
@@ -205,18 +203,15 @@ def main(
         print(f"{name}: {seconds:.3f} s, {turns[name]['share_of_matrix_rate']:.0%} of {rate:.3g}")
     results = {
         "command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "commit": git_commit(),
-        "machine": machine(),
+        **stamp(),
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu",
-        "date": date.today().isoformat(),
         "matrix_operations_per_second": rate,
         "turns": turns,
         "forward_and_backward_seconds": forwards(roles, batch, repeats, settings.autocast),
         "shared_forward_seconds": shared_forwards(roles, batch, repeats, settings.autocast),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1)
-    write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(out, results)
     print(out)
 
 

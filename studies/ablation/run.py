@@ -26,12 +26,13 @@ from rows import EXTERNAL, FITS, ROWS, TABLES, Row
 
 from twostep.data.cache.build import open_cache
 from twostep.distill.monitor import read_metrics
-from twostep.evaluation.evaluate import Settings, contenders, evaluate
+from twostep.evaluation.entries import list_entries
+from twostep.evaluation.evaluate import EvaluationRequest, evaluate
 from twostep.evaluation.prompts import PromptSet
 from twostep.recipe.schema import (
     Recipe,
 )
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_json
 
 HERE = Path(__file__).parent
 BASE = HERE / "recipe.yaml"
@@ -145,10 +146,14 @@ def main(
         raise typer.BadParameter(f"--judge: no run in {out} is finished")
 
     students = {r.name: str(r.run_folder / "student") for r in done.values()}
-    models = contenders(first.teacher.model, first.teacher.steps, students)
-    size = (first.data.height, first.data.width)
-    settings = Settings(size=size, halves=0, timed=0)
-    comparison = evaluate(models, PromptSet.load("emoji", images), out / "images", settings)
+    request = EvaluationRequest(
+        entries=list_entries(first.teacher.model, first.teacher.steps, students),
+        prompts=PromptSet.load("emoji", images),
+        size=(first.data.height, first.data.width),
+        halves=0,
+        timed=0,
+    )
+    comparison = evaluate(request, out / "images")
     if comparison is None:  # another process judges
         return
     found = comparison.figures
@@ -170,8 +175,7 @@ def main(
         "rows": _with_turns_to_reach(runs),
     }
     path = out / "results.json"
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_json(path, results)
     comparison.write(out / "metrics.json", {"command": results["command"]})
     print(path)
 

@@ -42,6 +42,7 @@ def measure_latency(
     sampler: Sampler,
     prompts: list[str],
     noise: Tensor,
+    *,
     steps: int | None = None,
     keep_prompts: bool = False,
     runs: int = 3,
@@ -72,7 +73,9 @@ def measure_latency(
         with live_bytes() as live:
             _one_run(sampler, prompts, noise, steps)
         memory = live.peak + weight_bytes(*sampler.modules())
-    return Latency(sum(parts), text, per_step, decode, memory)
+    return Latency(
+        total=sum(parts), text=text, steps=per_step, decode=decode, peak_memory_bytes=memory
+    )
 
 
 def _one_run(sampler: Sampler, prompts: list[str], noise: Tensor, steps: int | None) -> list[float]:
