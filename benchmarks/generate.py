@@ -55,7 +55,7 @@ def measure(case: Case) -> dict[str, Any]:
     from twostep.method.rollout import seeded_noise
     from twostep.runtime.devices import Placement, pick_device
 
-    device = pick_device(case.device)
+    device = pick_device(case.device, option="--device")
     level = OPTIONS.index(case.option)
     decoder = case.decoder if level >= OPTIONS.index("tiny decoder") else None
     dtype = getattr(torch, case.dtype)

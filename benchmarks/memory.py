@@ -156,7 +156,7 @@ def main(
     out: Annotated[Path, typer.Option()] = Path("runs/benchmarks/memory.json"),
 ) -> None:
     """Measures every way, computes the real model's, and writes one JSON file."""
-    bench = Bench(pick_device(device), (size, size), batch, images)
+    bench = Bench(pick_device(device, option="--device"), (size, size), batch, images)
     with tempfile.TemporaryDirectory() as folder:
         pair = str(Path(folder) / "pair")
         notes = export(student, "lora", Path(pair), ExportOptions(teacher=teacher, energy=energy))

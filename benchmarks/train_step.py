@@ -148,7 +148,7 @@ def main(
 ) -> None:
     """Measures and writes one JSON file."""
     recipe = Recipe.load(recipe_path, overrides or ())
-    chosen, settings = pick_device(device), recipe.training
+    chosen, settings = pick_device(device, option="--device"), recipe.training
     folder = open_weightless(recipe.teacher.model)
 
     def load(source: ModelFolder, part: str, dtype: torch.dtype) -> Any:

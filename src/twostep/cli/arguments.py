@@ -22,7 +22,7 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="key=value, e.g. training.turns=500", show_default=False)
 ]
 SizeOption = Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:NUMBER or mps")]
 NewFolderOption = Annotated[Path, typer.Option(help="folder to write; must be empty or not there")]
 
 
@@ -76,15 +76,20 @@ def parse_device(text: str) -> torch.device:
     """Where to compute; `auto` is CUDA if there is any.
 
     Raises:
-        UserError: for a device that torch does not have.
+        InputError: for a device that torch does not have.
     """
     from twostep.runtime.devices import pick_device
 
-    return pick_device(text)
+    return pick_device(text, option="--device")
 
 
-def read_prompts(prompts: Sequence[str], file: str | None = None) -> list[str]:
+def read_prompts(
+    prompts: Sequence[str], file: str | None = None, *, option: str = "--prompts"
+) -> list[str]:
     """Prompts given one by one, `-` standing for stdin's lines, then those of `file`.
+
+    Args:
+        option: which names `file`.
 
     Raises:
         InputError, PromptError: for an unreadable file, or no prompts at all.
@@ -96,7 +101,7 @@ def read_prompts(prompts: Sequence[str], file: str | None = None) -> list[str]:
         lines = [line.strip() for line in sys.stdin] if prompt == "-" else [prompt]
         found.extend(line for line in lines if line or prompt != "-")
     if file is not None:
-        found.extend(load_prompts(file))
+        found.extend(load_prompts(file, option=option))
     if not found:
         raise InputError("prompts: none given; name some, or --prompts FILE, or - for stdin")
     return found

@@ -43,7 +43,7 @@ def export(
         teacher=teacher,
         rank=rank,
         energy=energy,
-        check=() if check is None else read_prompts((), check),
+        check=() if check is None else read_prompts((), check, option="--check"),
         size=parse_size(size),
         batch_size=batch_size,
         caption_tokens=caption_tokens,

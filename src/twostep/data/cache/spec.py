@@ -77,7 +77,11 @@ class CacheSpec:
         if recipe.losses.warmup_step1_target == "trajectory":
             _check_on_grid(schedule, recipe.teacher.steps)
         prompts = load_prompts(
-            data.prompts, data.prompt_count, data.seed, data.prompt_column, data.prompt_split
+            data.prompts,
+            data.prompt_count,
+            seed=data.seed,
+            column=data.prompt_column,
+            split=data.prompt_split,
         )
         if len(prompts) < len(data.sizes):
             raise RecipeError(
