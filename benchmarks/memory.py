@@ -67,7 +67,9 @@ class Way:
 class Bench:
     """The same pictures, made from weights held in different ways."""
 
-    def __init__(self, device: torch.device, size: tuple[int, int], batch: int, images: int):
+    def __init__(
+        self, device: torch.device, *, size: tuple[int, int], batch: int, images: int
+    ) -> None:
         self.device, self.size, self.batch = device, size, batch
         self.prompts = list(PromptSet.load("emoji", images, 1).captions)
 
@@ -156,7 +158,9 @@ def main(
     out: Annotated[Path, typer.Option()] = Path("runs/benchmarks/memory.json"),
 ) -> None:
     """Measures every way, computes the real model's, and writes one JSON file."""
-    bench = Bench(pick_device(device, option="--device"), (size, size), batch, images)
+    bench = Bench(
+        pick_device(device, option="--device"), size=(size, size), batch=batch, images=images
+    )
     with tempfile.TemporaryDirectory() as folder:
         pair = str(Path(folder) / "pair")
         notes = export(student, "lora", Path(pair), ExportOptions(teacher=teacher, energy=energy))
@@ -173,7 +177,13 @@ def main(
         found = []
         for way in ways:
             needs = generation_needs(
-                real, way.steps, way.memory, REAL_SIZE, 1, REAL_TOKENS, real_rank
+                real,
+                steps=way.steps,
+                memory=way.memory,
+                size=REAL_SIZE,
+                batch_size=1,
+                prompt_tokens=REAL_TOKENS,
+                rank=real_rank,
             )
             found.append({
                 "key": way.key,

@@ -68,6 +68,7 @@ def matrix_rate(device: torch.device, repeats: int) -> float:
 def one_turn(
     compute: Callable[[Batch, Draws], Turn],
     batch: Batch,
+    *,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     autocast: bool,
@@ -90,7 +91,7 @@ def list_forward(model: nn.Module, latents: Tensor, sigma: Tensor, prompts: Prom
     return torch.stack(forward(model, images, 1 - sigma, captions, return_dict=False)[0])
 
 
-def forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[str, float]:
+def forwards(roles: Roles, batch: Batch, *, repeats: int, autocast: bool) -> dict[str, float]:
     """Seconds of a forward and backward through the first step: ours, and diffusers' on lists."""
     field, device = roles.first, batch.noise.device
     sigma = torch.full((len(batch.noise),), 0.75, device=device)
@@ -111,7 +112,9 @@ def forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[s
     }
 
 
-def shared_forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[str, float]:
+def shared_forwards(
+    roles: Roles, batch: Batch, *, repeats: int, autocast: bool
+) -> dict[str, float]:
     """Seconds of two forwards without gradient, and of one with both inputs in one batch.
 
     Where two roles see the same input on one set of weights, as score and fake do with LoRA, one
@@ -185,7 +188,13 @@ def main(
             parameters: list[nn.Parameter] = parameters,
             optimizer: torch.optim.Optimizer = optimizer,
         ) -> None:
-            one_turn(compute, batch, parameters, optimizer, settings.autocast)
+            one_turn(
+                compute,
+                batch,
+                parameters=parameters,
+                optimizer=optimizer,
+                autocast=settings.autocast,
+            )
 
         seconds = median_seconds(run, repeats, chosen)
         flops = expected.flops[name] * expected.micro_batch / settings.batch_size
@@ -207,8 +216,12 @@ def main(
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu",
         "matrix_operations_per_second": rate,
         "turns": turns,
-        "forward_and_backward_seconds": forwards(roles, batch, repeats, settings.autocast),
-        "shared_forward_seconds": shared_forwards(roles, batch, repeats, settings.autocast),
+        "forward_and_backward_seconds": forwards(
+            roles, batch, repeats=repeats, autocast=settings.autocast
+        ),
+        "shared_forward_seconds": shared_forwards(
+            roles, batch, repeats=repeats, autocast=settings.autocast
+        ),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)

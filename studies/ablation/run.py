@@ -49,7 +49,7 @@ MARK = "dmd"
 
 
 def recipe_of(
-    row: Row, name: str, seed: int, out: Path, common: Sequence[str], external: Path
+    row: Row, name: str, *, seed: int, out: Path, common: Sequence[str], external: Path
 ) -> Recipe:
     """One run's recipe; later overrides win."""
     turns = max(1, round(Recipe.load(BASE, common).training.turns * row.turns))
@@ -62,7 +62,7 @@ def recipe_of(
     ])  # fmt: skip
 
 
-def recipe_of_fit(name: str, turns: int, out: Path, common: Sequence[str]) -> Recipe:
+def recipe_of_fit(name: str, turns: int, *, out: Path, common: Sequence[str]) -> Recipe:
     """The run that fits the score `name` for all rows that trust it."""
     changes = (*common, *FIT, *FITS[name], f"score.fit_turns={turns}", *_places(name, out))
     return Recipe.load(BASE, changes)
@@ -127,7 +127,9 @@ def main(
     external = out / "rendered"
     # Seed by seed, so that a study that is cut short has every row at least once.
     recipes = {
-        (name, seed): recipe_of(ROWS[name], name, seed, out, common, external)
+        (name, seed): recipe_of(
+            ROWS[name], name, seed=seed, out=out, common=common, external=external
+        )
         for seed in range(1 if quick else seeds)
         for name in names
     }
@@ -138,7 +140,7 @@ def main(
             draw_scenes(external, Recipe.load(BASE, common))
         open_cache(first)
         trusted = {ROWS[name].score for name in names}
-        fits = [recipe_of_fit(f, fit_turns, out, common) for f in FITS if f in trusted]
+        fits = [recipe_of_fit(f, fit_turns, out=out, common=common) for f in FITS if f in trusted]
         train_all(fits, 1)
         train_all(list(recipes.values()), jobs)
     done = {k: r for k, r in recipes.items() if (r.run_folder / "done.json").exists()}

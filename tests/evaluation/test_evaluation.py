@@ -90,7 +90,7 @@ def test_images_are_resumed_and_equal_a_run_in_one_go(
     entry = Entry("student", "student", str(student))
     assert entry.key == "student_2"
     assert entry.as_preview().key == "student_2/preview"
-    whole = ImageStore(tmp_path / "whole", entry, prompts, SIZE)
+    whole = ImageStore(tmp_path / "whole", entry, prompts=prompts, size=SIZE)
     made = 0
 
     def load() -> Sampler:
@@ -105,7 +105,7 @@ def test_images_are_resumed_and_equal_a_run_in_one_go(
     assert expected.previews is not None
     assert (expected.previews - expected.images).abs().max() > 0.02
 
-    parts = ImageStore(tmp_path / "parts", entry, prompts, SIZE)
+    parts = ImageStore(tmp_path / "parts", entry, prompts=prompts, size=SIZE)
     parts.make(sampler, 1)
     assert parts.missing() == [0, 2]
     (tmp_path / "parts" / "part-00000.safetensors").write_bytes(b"torn")
@@ -125,7 +125,7 @@ def test_images_are_resumed_and_equal_a_run_in_one_go(
 
     make_images(parts, refuse)
     teacher = Entry("teacher", "teacher", str(tiny_folder), 4)
-    other = ImageStore(tmp_path / "parts", teacher, prompts, SIZE)
+    other = ImageStore(tmp_path / "parts", teacher, prompts=prompts, size=SIZE)
     assert other.missing() == [0, 1, 2]  # another model's images are not taken for its own
 
 
@@ -134,7 +134,7 @@ def test_reference_has_other_noise(tiny_folder: Path, tmp_path: Path) -> None:
     sets = []
     for name, reference in (("a", False), ("b", True)):
         entry = Entry("teacher", "teacher", str(tiny_folder), 2, reference=reference)
-        store = ImageStore(tmp_path / name, entry, prompts, SIZE)
+        store = ImageStore(tmp_path / name, entry, prompts=prompts, size=SIZE)
         make_images(store, lambda: Sampler.load(str(tiny_folder)))
         sets.append(store.read().images)
     assert (sets[0] - sets[1]).abs().max() > 0.05

@@ -49,7 +49,9 @@ def demo(
     note("[bold]1/3[/] caching the teacher's samples")
     cache = build.open_cache(recipe)
     seconds = time.monotonic() - started
-    training_minutes = _minutes_left(minutes, seconds, seconds / len(cache), images)
+    training_minutes = _minutes_left(
+        minutes, spent=seconds, seconds_per_sample=seconds / len(cache), images=images
+    )
     recipe = Recipe.load(
         ZOO / "emoji-demo.yaml", [*overrides, f"training.minutes={training_minutes:.2f}"]
     )
@@ -77,7 +79,7 @@ def demo(
     say(f"report: {run.report.with_suffix('.html')}\n        {run.report}")
 
 
-def _minutes_left(minutes: float, spent: float, seconds_per_sample: float, images: int) -> float:
+def _minutes_left(minutes: float, *, spent: float, seconds_per_sample: float, images: int) -> float:
     """What caching, in `spent` seconds, and evaluation leave of `minutes` to distilling."""
     evaluation = images * _SAMPLES_PER_EVALUATED_IMAGE * min(seconds_per_sample, 0.2)
     left = 60 * minutes - spent - evaluation - _EVALUATION_OVERHEAD_SECONDS

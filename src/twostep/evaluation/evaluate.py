@@ -122,11 +122,11 @@ def evaluate(
     scorers = [load_scorer(name) for name in request.scores]
     prompts, others = request.prompts, request.teacher.as_reference()
     stores = [
-        ImageStore(folder / entry.key, entry, prompts, request.size)
+        ImageStore(folder / entry.key, entry, prompts=prompts, size=request.size)
         for entry in (*request.entries, others)
     ]
     rank, world = rank_and_world()
-    _make_all(stores, device, rank, world)
+    _make_all(stores, device=device, rank=rank, world=world)
     if rank:
         return None
     wait_for(lambda: not any(s.missing() for s in stores), "the other processes")
@@ -175,7 +175,7 @@ def evaluate(
 
 
 def _make_all(
-    stores: Sequence[ImageStore], device: torch.device | str, rank: int, world: int
+    stores: Sequence[ImageStore], *, device: torch.device | str, rank: int, world: int
 ) -> None:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

@@ -44,7 +44,7 @@ class ImageStore:
     """
 
     def __init__(
-        self, folder: Path, entry: Entry, prompts: PromptSet, size: tuple[int, int]
+        self, folder: Path, entry: Entry, *, prompts: PromptSet, size: tuple[int, int]
     ) -> None:
         self.folder, self.entry, self.prompts, self.size = folder, entry, prompts, size
         weights = ModelFolder.open(entry.model).fingerprint

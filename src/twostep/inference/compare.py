@@ -44,7 +44,7 @@ def compare(
     captions = [prompt for prompt, _ in pairs]
     rows: dict[str, list[Image.Image]] = {}
     for model, steps in models:
-        folder = open_model(model, size, steps)
+        folder = open_model(model, size=size, steps=steps)
         sampler = Sampler.load(folder, device)
         noise = seeded_noise([number for _, number in pairs], sampler.noise_shape(*size))
         sample = sampler.sample(captions, noise, steps)

@@ -64,7 +64,7 @@ class Picture:
         return json.dumps(record, ensure_ascii=False)
 
 
-def open_model(model: str, size: tuple[int, int], steps: int | None) -> ModelFolder:
+def open_model(model: str, *, size: tuple[int, int], steps: int | None) -> ModelFolder:
     """The model's folder, once the arguments fit it; loads no weights.
 
     Raises:
@@ -140,7 +140,7 @@ def generate(request: PictureRequest, out: Path) -> Iterator[Picture]:
         InputError, ModelError: before any picture is made.
     """
     check_prompts(request.prompts)
-    folder = open_model(request.model, request.size, request.steps)
+    folder = open_model(request.model, size=request.size, steps=request.steps)
     if request.preview:
         folder.check_student("preview")
     out.mkdir(parents=True, exist_ok=True)
