@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,19 +53,22 @@ def measure(case: Case) -> dict[str, Any]:
     from twostep.evaluation.prompts import PromptSet
     from twostep.inference.sampler import Sampler
     from twostep.method.rollout import seeded_noise
-    from twostep.runtime.devices import pick_device
+    from twostep.runtime.devices import Placement, pick_device
 
-    device = pick_device(case.device)
+    device = pick_device(case.device, option="--device")
     level = OPTIONS.index(case.option)
     decoder = case.decoder if level >= OPTIONS.index("tiny decoder") else None
     dtype = getattr(torch, case.dtype)
-    sampler = Sampler.load(case.model, device, dtype, tiny_decoder=decoder)
+    placement = Placement(device, dtype)
+    sampler = Sampler.load(case.model, placement=placement, tiny_decoder=decoder)
     if level >= OPTIONS.index("compiled"):
         sampler.compile()
     prompts = list(PromptSet.load("emoji", max(4, case.batch), 1).captions[: case.batch])
     noise = seeded_noise(list(range(case.batch)), sampler.noise_shape(case.size, case.size))
     keep = level >= OPTIONS.index("prompt cache")
-    return measure_latency(sampler, prompts, noise, case.steps, keep, _RUNS).as_dict()
+    return measure_latency(
+        sampler, prompts, noise, steps=case.steps, keep_prompts=keep, runs=_RUNS
+    ).as_dict()
 
 
 def in_own_process(case: Case) -> dict[str, Any]:
@@ -117,26 +119,25 @@ def main(
         for c in cases:
             runs[c.key].append(in_own_process(c))
             print(f"round {number + 1}: {c.key}: {1e3 * runs[c.key][-1]['total']:.1f} ms an image")
-    write(cases, runs, out, rounds, steps)
+    write(cases, runs, out, rounds=rounds, steps=steps)
 
 
 def write(
     cases: Sequence[Case],
     runs: dict[str, list[dict[str, Any]]],
     out: Path,
+    *,
     rounds: int,
     steps: int,
 ) -> None:
     """The best round of each case, and each student's time relative to its teacher's."""
-    from twostep.runtime.files import write_atomically
-    from twostep.runtime.provenance import git_commit, machine
+    from twostep.runtime.files import write_json
+    from twostep.runtime.provenance import stamp
 
     best = {key: min(found, key=lambda f: f["total"]) for key, found in runs.items()}
     results = {
         "command": shlex.join(["python", "benchmarks/generate.py", *sys.argv[1:]]),
-        "commit": git_commit(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
+        **stamp(),
         "rounds": rounds,
         "teacher_steps": steps,
         "dtype": cases[0].dtype,
@@ -148,8 +149,7 @@ def write(
         ],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1)
-    write_atomically(out, lambda p: p.write_text(text, encoding="utf-8"))
+    write_json(out, results)
     print(out)
 
 

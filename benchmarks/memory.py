@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -27,16 +26,16 @@ from twostep.evaluation.metrics import peak_signal_to_noise
 from twostep.evaluation.prompts import PromptSet
 from twostep.exports.registry import ExportOptions, export
 from twostep.families.family import PromptBatch
-from twostep.inference.generate import Holding
+from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
 from twostep.models.int8 import KEPT, pack_int8
 from twostep.planning.generation import Steps, generation_needs
 from twostep.runtime.devices import MODES, Memory, pick_device
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_json
 from twostep.runtime.memory_meter import live_bytes, weight_bytes
-from twostep.runtime.provenance import git_commit, machine
+from twostep.runtime.provenance import stamp
 
 # What the real model is asked for, in pixels and tokens.
 REAL_SIZE, REAL_TOKENS = (1024, 1024), 128
@@ -68,12 +67,15 @@ class Way:
 class Bench:
     """The same pictures, made from weights held in different ways."""
 
-    def __init__(self, device: torch.device, size: tuple[int, int], batch: int, images: int):
+    def __init__(
+        self, device: torch.device, *, size: tuple[int, int], batch: int, images: int
+    ) -> None:
         self.device, self.size, self.batch = device, size, batch
         self.prompts = list(PromptSet.load("emoji", images, 1).captions)
 
     def load(self, way: Way) -> Sampler:
-        return Holding(way.memory).load(ModelFolder.open(way.model), self.prompts, self.device)
+        options = SamplerOptions(way.memory, device=self.device)
+        return options.load(ModelFolder.open(way.model), self.prompts)
 
     def pictures(self, sampler: Sampler) -> torch.Tensor:
         noise = seeded_noise(list(range(len(self.prompts))), sampler.noise_shape(*self.size))
@@ -156,7 +158,9 @@ def main(
     out: Annotated[Path, typer.Option()] = Path("runs/benchmarks/memory.json"),
 ) -> None:
     """Measures every way, computes the real model's, and writes one JSON file."""
-    bench = Bench(pick_device(device), (size, size), batch, images)
+    bench = Bench(
+        pick_device(device, option="--device"), size=(size, size), batch=batch, images=images
+    )
     with tempfile.TemporaryDirectory() as folder:
         pair = str(Path(folder) / "pair")
         notes = export(student, "lora", Path(pair), ExportOptions(teacher=teacher, energy=energy))
@@ -173,7 +177,13 @@ def main(
         found = []
         for way in ways:
             needs = generation_needs(
-                real, way.steps, way.memory, REAL_SIZE, 1, REAL_TOKENS, real_rank
+                real,
+                steps=way.steps,
+                memory=way.memory,
+                size=REAL_SIZE,
+                batch_size=1,
+                prompt_tokens=REAL_TOKENS,
+                rank=real_rank,
             )
             found.append({
                 "key": way.key,
@@ -189,17 +199,14 @@ def main(
         kinds = by_kind(bench, student, whole)
     results = {
         "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
-        "commit": git_commit(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
+        **stamp(),
         "size": size, "batch": batch, "images": images, "rounds": rounds,
         "lora": notes, "energy": energy, "real": real, "real_size": REAL_SIZE,
         "real_tokens": REAL_TOKENS, "real_rank": real_rank,
         "ways": found, "kinds": kinds,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1)
-    write_atomically(out, lambda p: p.write_text(text, encoding="utf-8"))
+    write_json(out, results)
     print(out)
 
 

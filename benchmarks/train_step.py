@@ -10,13 +10,11 @@ compared with that of large matrix products on the same device, measured in the 
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +35,8 @@ from twostep.planning.training import plan
 from twostep.planning.weightless import open_weightless, random_batch
 from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import pick_device
-from twostep.runtime.files import write_atomically
-from twostep.runtime.provenance import git_commit, machine
+from twostep.runtime.files import write_json
+from twostep.runtime.provenance import stamp
 
 _MATRIX = {"cuda": 8192, "cpu": 2048}
 
@@ -70,6 +68,7 @@ def matrix_rate(device: torch.device, repeats: int) -> float:
 def one_turn(
     compute: Callable[[Batch, Draws], Turn],
     batch: Batch,
+    *,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     autocast: bool,
@@ -92,7 +91,7 @@ def list_forward(model: nn.Module, latents: Tensor, sigma: Tensor, prompts: Prom
     return torch.stack(forward(model, images, 1 - sigma, captions, return_dict=False)[0])
 
 
-def forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[str, float]:
+def forwards(roles: Roles, batch: Batch, *, repeats: int, autocast: bool) -> dict[str, float]:
     """Seconds of a forward and backward through the first step: ours, and diffusers' on lists."""
     field, device = roles.first, batch.noise.device
     sigma = torch.full((len(batch.noise),), 0.75, device=device)
@@ -113,7 +112,9 @@ def forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[s
     }
 
 
-def shared_forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) -> dict[str, float]:
+def shared_forwards(
+    roles: Roles, batch: Batch, *, repeats: int, autocast: bool
+) -> dict[str, float]:
     """Seconds of two forwards without gradient, and of one with both inputs in one batch.
 
     Where two roles see the same input on one set of weights, as score and fake do with LoRA, one
@@ -150,7 +151,7 @@ def main(
 ) -> None:
     """Measures and writes one JSON file."""
     recipe = Recipe.load(recipe_path, overrides or ())
-    chosen, settings = pick_device(device), recipe.training
+    chosen, settings = pick_device(device, option="--device"), recipe.training
     folder = open_weightless(recipe.teacher.model)
 
     def load(source: ModelFolder, part: str, dtype: torch.dtype) -> Any:
@@ -187,7 +188,13 @@ def main(
             parameters: list[nn.Parameter] = parameters,
             optimizer: torch.optim.Optimizer = optimizer,
         ) -> None:
-            one_turn(compute, batch, parameters, optimizer, settings.autocast)
+            one_turn(
+                compute,
+                batch,
+                parameters=parameters,
+                optimizer=optimizer,
+                autocast=settings.autocast,
+            )
 
         seconds = median_seconds(run, repeats, chosen)
         flops = expected.flops[name] * expected.micro_batch / settings.batch_size
@@ -205,18 +212,19 @@ def main(
         print(f"{name}: {seconds:.3f} s, {turns[name]['share_of_matrix_rate']:.0%} of {rate:.3g}")
     results = {
         "command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "commit": git_commit(),
-        "machine": machine(),
+        **stamp(),
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu",
-        "date": date.today().isoformat(),
         "matrix_operations_per_second": rate,
         "turns": turns,
-        "forward_and_backward_seconds": forwards(roles, batch, repeats, settings.autocast),
-        "shared_forward_seconds": shared_forwards(roles, batch, repeats, settings.autocast),
+        "forward_and_backward_seconds": forwards(
+            roles, batch, repeats=repeats, autocast=settings.autocast
+        ),
+        "shared_forward_seconds": shared_forwards(
+            roles, batch, repeats=repeats, autocast=settings.autocast
+        ),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1)
-    write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(out, results)
     print(out)
 
 

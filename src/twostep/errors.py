@@ -21,3 +21,20 @@ class ExportError(ModelError):
 
 class InputError(UserError, ValueError):
     """An argument that cannot be used; the message names it."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """Something that was asked for needs packages that are not installed."""
+
+
+def missing_extra(extra: str, error: ImportError, *, option: str) -> MissingExtraError:
+    """The error to raise where an optional import failed.
+
+    Args:
+        extra: of this package, which brings what is missing.
+        option: what asked for it, as the user typed it.
+    """
+    return MissingExtraError(
+        f'{option} needs this package\'s extra "{extra}", for instance '
+        f'`pip install -e ".[{extra}]"` in a checkout; {error.name or error} is missing'
+    )

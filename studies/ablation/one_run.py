@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -15,7 +14,7 @@ import torch
 from twostep.data.cache.build import open_cache
 from twostep.distill.trainer import Trainer
 from twostep.recipe.schema import Recipe
-from twostep.runtime.files import replace_folder, write_atomically
+from twostep.runtime.files import replace_folder, write_json
 
 
 def run(recipe: Recipe, threads: int) -> str:
@@ -42,8 +41,7 @@ def run(recipe: Recipe, threads: int) -> str:
     }
     for leftover in ("checkpoints", "samples", "best"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
-    text = json.dumps(record)
-    write_atomically(folder / "done.json", lambda p: p.write_text(text))
+    write_json(folder / "done.json", record)
     return f"{folder.name}: {record['seconds']:.0f} s"
 
 

@@ -12,7 +12,7 @@ from twostep.emoji.art import fetch_art
 from twostep.emoji.render import load_sprites, render
 from twostep.emoji.scenes import training_scenes
 from twostep.recipe.schema import Recipe
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_text
 
 
 def draw_scenes(folder: Path, recipe: Recipe) -> None:
@@ -29,5 +29,4 @@ def draw_scenes(folder: Path, recipe: Recipe) -> None:
         Image.fromarray(render(scene, sprites, rng).image).save(folder / name)
         caption = scene.caption("zh" if index % 3 == 2 else "en")
         lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
-    text = "\n".join(lines) + "\n"
-    write_atomically(folder / "metadata.jsonl", lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")

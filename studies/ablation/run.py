@@ -26,10 +26,11 @@ from rows import EXTERNAL, FITS, ROWS, TABLES, Row
 
 from twostep.data.cache.build import open_cache
 from twostep.distill.monitor import read_metrics
-from twostep.evaluation.evaluate import Settings, contenders, evaluate
+from twostep.evaluation.entries import list_entries
+from twostep.evaluation.evaluate import EvaluationRequest, evaluate
 from twostep.evaluation.prompts import PromptSet
 from twostep.recipe.schema import Recipe
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_json
 
 HERE = Path(__file__).parent
 BASE = HERE / "recipe.yaml"
@@ -46,7 +47,7 @@ MARK = "dmd"
 
 
 def recipe_of(
-    row: Row, name: str, seed: int, out: Path, common: Sequence[str], external: Path
+    row: Row, name: str, *, seed: int, out: Path, common: Sequence[str], external: Path
 ) -> Recipe:
     """One run's recipe; later overrides win."""
     turns = max(1, round(Recipe.load(BASE, common).training.turns * row.turns))
@@ -59,7 +60,7 @@ def recipe_of(
     ])  # fmt: skip
 
 
-def recipe_of_fit(name: str, turns: int, out: Path, common: Sequence[str]) -> Recipe:
+def recipe_of_fit(name: str, turns: int, *, out: Path, common: Sequence[str]) -> Recipe:
     """The run that fits the score `name` for all rows that trust it."""
     changes = (*common, *FIT, *FITS[name], f"score.fit_turns={turns}", *_places(name, out))
     return Recipe.load(BASE, changes)
@@ -124,7 +125,9 @@ def main(
     external = out / "rendered"
     # Seed by seed, so that a study that is cut short has every row at least once.
     recipes = {
-        (name, seed): recipe_of(ROWS[name], name, seed, out, common, external)
+        (name, seed): recipe_of(
+            ROWS[name], name, seed=seed, out=out, common=common, external=external
+        )
         for seed in range(1 if quick else seeds)
         for name in names
     }
@@ -135,7 +138,7 @@ def main(
             draw_scenes(external, Recipe.load(BASE, common))
         open_cache(first)
         trusted = {ROWS[name].score for name in names}
-        fits = [recipe_of_fit(f, fit_turns, out, common) for f in FITS if f in trusted]
+        fits = [recipe_of_fit(f, fit_turns, out=out, common=common) for f in FITS if f in trusted]
         train_all(fits, 1)
         train_all(list(recipes.values()), jobs)
     done = {k: r for k, r in recipes.items() if (r.run_folder / "done.json").exists()}
@@ -143,10 +146,14 @@ def main(
         raise typer.BadParameter(f"--judge: no run in {out} is finished")
 
     students = {r.name: str(r.run_folder / "student") for r in done.values()}
-    models = contenders(first.teacher.model, first.teacher.steps, students)
-    size = (first.data.height, first.data.width)
-    settings = Settings(size=size, halves=0, timed=0)
-    comparison = evaluate(models, PromptSet.load("emoji", images), out / "images", settings)
+    request = EvaluationRequest(
+        entries=list_entries(first.teacher.model, first.teacher.steps, students),
+        prompts=PromptSet.load("emoji", images),
+        size=(first.data.height, first.data.width),
+        halves=0,
+        timed=0,
+    )
+    comparison = evaluate(request, out / "images")
     if comparison is None:  # another process judges
         return
     found = comparison.figures
@@ -168,8 +175,7 @@ def main(
         "rows": _with_turns_to_reach(runs),
     }
     path = out / "results.json"
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_json(path, results)
     comparison.write(out / "metrics.json", {"command": results["command"]})
     print(path)
 

@@ -20,7 +20,7 @@ from twostep.data.cache.spec import CacheSpec
 from twostep.data.prompts import PromptError, load_prompts
 from twostep.distill.batches import order_of
 from twostep.distill.order import Order
-from twostep.errors import RecipeError
+from twostep.errors import RecipeError, UserError
 from twostep.families.family import PromptBatch
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import euler
@@ -310,6 +310,20 @@ def test_prompts_from_parquet_and_from_a_dataset(tmp_path: Path, kind: str) -> N
         load_prompts(source, 2)
     with pytest.raises(PromptError, match="id must be a string, got 1"):
         load_prompts(source, 2, column="id")
+
+
+def test_messages_name_the_option_and_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PromptError, match=r"^data\.prompts: no file at a\.txt$"):
+        load_prompts("a.txt")
+    with pytest.raises(PromptError, match=r"^--prompts: no file at a\.txt$"):
+        load_prompts("a.txt", option="--prompts")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").touch()
+    expected = r"^data\.prompts: .*a\.parquet needs this package's extra \"datasets\", for instance"
+    with pytest.raises(UserError, match=expected):
+        load_prompts(str(tmp_path / "a.parquet"))
 
 
 def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from twostep.cli import app
-from twostep.cli.evaluate import run_evaluation
 from twostep.emoji.scenes import held_out_scenes, is_held_out
 from twostep.errors import UserError
-from twostep.evaluation.evaluate import Settings, contenders, evaluate
+from twostep.evaluation.entries import Entry, list_entries
+from twostep.evaluation.evaluate import EvaluationRequest, evaluate
 from twostep.evaluation.features import load_extractor
-from twostep.evaluation.figures import Evidence, Trial, figures, intervals, nested
-from twostep.evaluation.image_store import Contender, ImageStore, make_images
+from twostep.evaluation.figures import AlignedSets, Measured, figures, intervals, nested
+from twostep.evaluation.image_store import ImageStore, make_images
 from twostep.evaluation.latency import measure_latency
 from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.scorers import load_scorer, quoted_text, text_similarity
@@ -86,8 +87,10 @@ def test_images_are_resumed_and_equal_a_run_in_one_go(
 ) -> None:
     monkeypatch.setattr("twostep.evaluation.image_store._PART", 4)
     prompts = PromptSet.load("emoji", 12)
-    contender = Contender("student_2", str(student))
-    whole = ImageStore(tmp_path / "whole", contender, prompts, SIZE)
+    entry = Entry("student", "student", str(student))
+    assert entry.key == "student_2"
+    assert entry.as_preview().key == "student_2/preview"
+    whole = ImageStore(tmp_path / "whole", entry, prompts=prompts, size=SIZE)
     made = 0
 
     def load() -> Sampler:
@@ -102,7 +105,7 @@ def test_images_are_resumed_and_equal_a_run_in_one_go(
     assert expected.previews is not None
     assert (expected.previews - expected.images).abs().max() > 0.02
 
-    parts = ImageStore(tmp_path / "parts", contender, prompts, SIZE)
+    parts = ImageStore(tmp_path / "parts", entry, prompts=prompts, size=SIZE)
     parts.make(sampler, 1)
     assert parts.missing() == [0, 2]
     (tmp_path / "parts" / "part-00000.safetensors").write_bytes(b"torn")
@@ -121,7 +124,8 @@ def test_images_are_resumed_and_equal_a_run_in_one_go(
         raise AssertionError("nothing is missing")
 
     make_images(parts, refuse)
-    other = ImageStore(tmp_path / "parts", Contender("t", str(tiny_folder), 4), prompts, SIZE)
+    teacher = Entry("teacher", "teacher", str(tiny_folder), 4)
+    other = ImageStore(tmp_path / "parts", teacher, prompts=prompts, size=SIZE)
     assert other.missing() == [0, 1, 2]  # another model's images are not taken for its own
 
 
@@ -129,8 +133,8 @@ def test_reference_has_other_noise(tiny_folder: Path, tmp_path: Path) -> None:
     prompts = PromptSet.load("emoji", 4)
     sets = []
     for name, reference in (("a", False), ("b", True)):
-        contender = Contender(name, str(tiny_folder), 2, reference=reference)
-        store = ImageStore(tmp_path / name, contender, prompts, SIZE)
+        entry = Entry("teacher", "teacher", str(tiny_folder), 2, reference=reference)
+        store = ImageStore(tmp_path / name, entry, prompts=prompts, size=SIZE)
         make_images(store, lambda: Sampler.load(str(tiny_folder)))
         sets.append(store.read().images)
     assert (sets[0] - sets[1]).abs().max() > 0.05
@@ -139,24 +143,31 @@ def test_reference_has_other_noise(tiny_folder: Path, tmp_path: Path) -> None:
 # Figures.
 
 
-def gaussian_trial(shift: float, prompts: int = 64) -> Trial:
+def gaussian_aligned(shift: float, prompts: int = 64) -> AlignedSets:
     """The teacher, naive 2 units away along each of 4 axes, a student `shift` away."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(offset: float) -> Evidence:
+    def draw(offset: float) -> Measured:
         features = torch.randn(2 * prompts, 4, generator=generator, dtype=torch.float64) + offset
         right = (torch.arange(2 * prompts) % 4 != 0).double()
         some = torch.where(torch.arange(2 * prompts) % 2 == 0, right, math.nan)
-        return Evidence(features, {"accuracy.overall": right, "accuracy.single": some})
+        return Measured(features, {"accuracy.overall": right, "accuracy.single": some})
 
     teacher = draw(0)
     sets = {"teacher_8": teacher, "naive_2": draw(2), "student_2": draw(shift)}
     groups = torch.arange(prompts).repeat(2)
-    return Trial(groups, draw(0), teacher, sets, floor="teacher_8", naive="naive_2")
+    return AlignedSets(
+        groups=groups,
+        reference=draw(0),
+        teacher=teacher,
+        sets=sets,
+        floor="teacher_8",
+        naive="naive_2",
+    )
 
 
 def test_figures_of_gaussians() -> None:
-    found = figures(gaussian_trial(shift=1.0, prompts=2000))
+    found = figures(gaussian_aligned(shift=1.0, prompts=2000))
     # |mean difference|^2 is 4 shift^2: 16 for naive, 4 for the student.
     assert found["naive_2"]["frechet_to_teacher"] == pytest.approx(16, rel=0.1)
     assert found["student_2"]["frechet_to_teacher"] == pytest.approx(4, rel=0.15)
@@ -171,27 +182,29 @@ def test_figures_of_gaussians() -> None:
 
 def test_intervals_cover_what_fresh_draws_give() -> None:
     """The interval of a mean is what the binomial says; that of a distance shrinks with images."""
-    small, large = (intervals(gaussian_trial(1.0, n), halves=60) for n in (50, 800))
+    small, large = (intervals(gaussian_aligned(1.0, n), halves=60) for n in (50, 800))
     assert small["student_2"]["frechet_to_teacher"] > large["student_2"]["frechet_to_teacher"]
-    trial = gaussian_trial(1.0, 400)
+    aligned = gaussian_aligned(1.0, 400)
     flags = (torch.rand(800, generator=torch.Generator().manual_seed(1)) < 0.5).double()
-    trial.sets["student_2"].scores["accuracy.overall"][:] = flags
-    around = intervals(trial, halves=200)["student_2"]["accuracy.overall"]
+    aligned.sets["student_2"].scores["accuracy.overall"][:] = flags
+    around = intervals(aligned, halves=200)["student_2"]["accuracy.overall"]
     assert around == pytest.approx(1.96 * math.sqrt(0.25 / 800), rel=0.25)
-    assert intervals(trial, halves=0) == {}
+    assert intervals(aligned, halves=0) == {}
 
 
 def test_no_gap_without_naive_weights() -> None:
-    trial = gaussian_trial(1.0)
-    sets = {k: v for k, v in trial.sets.items() if k != "naive_2"}
-    without = Trial(trial.groups, trial.reference, trial.teacher, sets, "teacher_8", None)
+    aligned = gaussian_aligned(1.0)
+    sets = {k: v for k, v in aligned.sets.items() if k != "naive_2"}
+    without = replace(aligned, sets=sets, naive=None)
     assert "gap_closed" not in figures(without)["student_2"]
 
 
 def test_latency_splits_the_time(tiny_folder: Path, student: Path) -> None:
     noise = seeded_noise([0, 1], (8, 8, 8))
     for folder, steps, expected in ((tiny_folder, 4, 4), (student, None, 2)):
-        latency = measure_latency(Sampler.load(str(folder)), ["a dog", "two cats"], noise, steps)
+        latency = measure_latency(
+            Sampler.load(str(folder)), ["a dog", "two cats"], noise, steps=steps
+        )
         assert len(latency.steps) == expected
         parts = latency.text + sum(latency.steps) + latency.decode
         assert latency.total == pytest.approx(parts)
@@ -297,10 +310,17 @@ def test_written_text_is_read(tmp_path: Path) -> None:
 
 
 def test_a_teacher_as_its_own_student_is_at_the_floor(tiny_folder: Path, tmp_path: Path) -> None:
-    models = contenders(str(tiny_folder), 4, {"student": str(tiny_folder)}, student_steps=4)
+    models = list_entries(str(tiny_folder), 4, {"student": str(tiny_folder)}, student_steps=4)
     assert [m.key for m in models] == ["teacher_4", "naive_2", "student_4"]
-    settings = Settings(size=SIZE, halves=4, timed=0, features=("inspector",))
-    comparison = evaluate(models, PromptSet.load("emoji", 24), tmp_path, settings)
+    request = EvaluationRequest(
+        entries=models,
+        prompts=PromptSet.load("emoji", 24),
+        size=SIZE,
+        halves=4,
+        timed=0,
+        features=("inspector",),
+    )
+    comparison = evaluate(request, tmp_path)
     assert comparison is not None
     found = comparison.figures["models"]
     assert found["student_4"]["frechet_to_teacher"] == comparison.figures["floor"]
@@ -352,8 +372,20 @@ def test_processes_share_the_images(tiny_folder: Path, student: Path, tmp_path: 
 
 
 def test_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    models = ["--model", "a/x/student", "--model", "b/x/student"]
+    arguments = ["evaluate", *models, "--reference", "zoo:emoji-teacher", "--out", str(tmp_path)]
     with pytest.raises(UserError, match="both called 'x'"):
-        run_evaluation(
-            ["a/x/student", "b/x/student"], "zoo:emoji-teacher", tmp_path, "emoji", 8, 2, 0, 8,
-            None, None, None, "64", 0, "cpu",
-        )  # fmt: skip
+        runner.invoke(app, [*arguments, "--images", "8"], catch_exceptions=False)
+    with pytest.raises(UserError, match="would be called 'teacher_8', as another is"):
+        list_entries("zoo:emoji-teacher", 8, {"teacher": "zoo:emoji-teacher"})
+
+
+def test_entries_have_the_names_of_the_figures() -> None:
+    models = {"teacher_x": "zoo:emoji-student", "x": "zoo:emoji-teacher"}
+    found = list_entries("zoo:emoji-teacher", 8, models)
+    assert [e.key for e in found] == ["teacher_8", "naive_2", "teacher_x_2", "x_8"]
+    assert [e.kind for e in found] == ["teacher", "naive", "student", "student"]
+    labels = ["teacher, 8 steps", "same weights, 2 steps", "teacher_x, 2 steps", "x, 8 steps"]
+    assert [e.label for e in found] == labels
+    assert found[2].as_preview().label == "teacher_x, step-1 preview"
+    assert found[0].as_reference().key == "reference"

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from twostep.evaluation.report.page import write_report
+from twostep.evaluation.report.words import verdict
 from twostep.runtime.images import image_grid, to_pil
 
 CAPTIONS = ["a red apple on a blue background", "蓝色背景上的两只猫", "a <dog> & a car"]
@@ -108,7 +109,14 @@ def write(
     panels: dict[str, Tensor],
     curves: list[dict[str, Any]],
 ) -> str:
-    path = write_report(tmp_path / "out", report, panels, CAPTIONS, curves, "Two steps from eight")
+    path = write_report(
+        tmp_path / "out",
+        report,
+        panels=panels,
+        captions=CAPTIONS,
+        curves=curves,
+        title="Two steps from eight",
+    )
     assert path == tmp_path / "out" / "report.html"
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]  # nothing half-written stays
     return path.read_text(encoding="utf-8")
@@ -256,10 +264,33 @@ def test_bare_figures(tmp_path: Path) -> None:
         "teacher_4": {"accuracy": {"overall": math.nan}},
         "student_2": {"frechet_to_teacher": 3.0, "diversity": math.nan},
     }
-    page = write_report(tmp_path, {"models": models}, {}, [], [], "Bare").read_text()
+    page = write_report(
+        tmp_path, {"models": models}, panels={}, captions=[], title="Bare"
+    ).read_text()
     assert "The student was compared with the teacher." in page
     assert "3.00" in page
     assert "nan" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("key", ["teacher_x_2", "naive_idea_2"])
+def test_a_student_may_be_called_almost_like_its_teacher(
+    key: str, tmp_path: Path, report: dict[str, Any], panels: dict[str, Tensor]
+) -> None:
+    report["models"][key] = report["models"].pop("student_2")
+    report["gap_closed"][key] = report["gap_closed"].pop("student_2")
+    page = write(tmp_path, report, panels, [])
+    name = key.removesuffix("_2")
+    assert f"The {name} closes 91% of it" in page
+    assert "The shipped student closes 97% of the gap" in page
+
+
+def test_kinds_tell_a_student_from_its_teacher(report: dict[str, Any]) -> None:
+    """A file that says what each model is needs no guess by name."""
+    for key, kind in (("teacher_8", "teacher"), ("naive_2", "naive"), ("shipped_2", "student")):
+        report["models"][key]["kind"] = kind
+    report["models"]["teacher_2"] = report["models"].pop("student_2") | {"kind": "student"}
+    report["gap_closed"]["teacher_2"] = report["gap_closed"].pop("student_2")
+    assert "The teacher closes 91% of it" in verdict(report)
 
 
 def test_verdict_tells_of_a_student_that_lost(
@@ -276,7 +307,13 @@ def test_panels_that_do_not_fit(
     tmp_path: Path, report: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match=r"panel 'odd' must have shape \(3, 3, H, W\)"):
-        write_report(tmp_path, report, {"odd": torch.zeros(shape)}, CAPTIONS, [], "Odd")
+        write_report(
+            tmp_path,
+            report,
+            panels={"odd": torch.zeros(shape)},
+            captions=CAPTIONS,
+            title="Odd",
+        )
     assert not list(tmp_path.iterdir())
 
 

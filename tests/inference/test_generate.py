@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from tiny import random_transformer
 from twostep.cli import app
+from twostep.cli.arguments import parse_model, parse_size, read_prompts
 from twostep.errors import InputError, ModelError
-from twostep.inference.compare import compare, parse_model
-from twostep.inference.generate import generate, parse_size, read_prompts
+from twostep.inference.compare import compare
+from twostep.inference.generate import PictureRequest, generate
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule
@@ -42,19 +43,25 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_pictures_say_how_they_were_made(student: Path, tmp_path: Path) -> None:
-    made = list(generate(["一只狗"], str(student), tmp_path, seed=7, size=(32, 48), count=2))
+    made = list(
+        generate(PictureRequest(str(student), ["一只狗"], seed=7, size=(32, 48), count=2), tmp_path)
+    )
     assert [p.path.name for p in made] == ["一只狗-7-2steps.png", "一只狗-8-2steps.png"]
     with Image.open(made[1].path) as image:
         assert image.size == (48, 32)
         assert image.info["prompt"] == "一只狗"
         assert (image.info["seed"], image.info["steps"]) == ("8", "2")
         assert image.info["model"] == str(student)
-    alone = next(generate(["一只狗"], str(student), tmp_path / "b", seed=8, size=(32, 48)))
+    alone = next(
+        generate(PictureRequest(str(student), ["一只狗"], seed=8, size=(32, 48)), tmp_path / "b")
+    )
     assert np.abs(pixels(alone.path).astype(int) - pixels(made[1].path)).max() <= 1
 
 
 def test_a_preview_is_what_the_pipeline_previews(student: Path, tmp_path: Path) -> None:
-    (made,) = generate(["a dog"], str(student), tmp_path, seed=3, size=SIZE, preview=True)
+    (made,) = generate(
+        PictureRequest(str(student), ["a dog"], seed=3, size=SIZE, preview=True), tmp_path
+    )
     pipe = TwoStepPipeline.from_pretrained(student)
     noise = seeded_noise([3], (8, 8, 8))
     result = pipe("a dog", height=32, width=32, latents=noise, return_preview=True)
@@ -64,14 +71,18 @@ def test_a_preview_is_what_the_pipeline_previews(student: Path, tmp_path: Path) 
 
 
 def test_what_is_there_is_not_made_again(student: Path, tmp_path: Path) -> None:
-    first = list(generate(["a dog", "a cat"], str(student), tmp_path, size=SIZE))
+    first = list(generate(PictureRequest(str(student), ["a dog", "a cat"], size=SIZE), tmp_path))
     assert all(p.made for p in first)
     first[0].path.write_bytes(b"torn")
-    again = list(generate(["a dog", "a cat"], str(student), tmp_path, size=SIZE))
+    again = list(generate(PictureRequest(str(student), ["a dog", "a cat"], size=SIZE), tmp_path))
     assert [p.made for p in again] == [True, False]
-    other = list(generate(["a dog", "a cat"], str(student), tmp_path, size=(48, 32)))
+    other = list(
+        generate(PictureRequest(str(student), ["a dog", "a cat"], size=(48, 32)), tmp_path)
+    )
     assert all(p.made for p in other)
-    asked = list(generate(["a dog"], str(student), tmp_path, size=(48, 32), preview=True))
+    asked = list(
+        generate(PictureRequest(str(student), ["a dog"], size=(48, 32), preview=True), tmp_path)
+    )
     assert [p.made for p in asked] == [True]  # the preview was missing
 
 
@@ -87,27 +98,27 @@ def test_other_weights_make_other_pictures(
         folder=other,
         dtype=torch.float32,
     )
-    next(generate(["a dog"], str(student), tmp_path / "out", size=SIZE))
-    again = next(generate(["a dog"], str(other), tmp_path / "out", size=SIZE))
+    next(generate(PictureRequest(str(student), ["a dog"], size=SIZE), tmp_path / "out"))
+    again = next(generate(PictureRequest(str(other), ["a dog"], size=SIZE), tmp_path / "out"))
     assert again.made
 
 
 def test_prompts_that_look_alike_have_their_own_files(student: Path, tmp_path: Path) -> None:
     prompts = ["a dog", "a-dog", "a dog!", "x " * 80 + "1", "x " * 80 + "2", "?"]
-    paths = [p.path for p in generate(prompts, str(student), tmp_path, size=SIZE)]
+    paths = [p.path for p in generate(PictureRequest(str(student), prompts, size=SIZE), tmp_path)]
     assert len(set(paths)) == len(prompts)
     assert paths[0].name == "a-dog-0-2steps.png"
 
 
 def test_bad_arguments_are_named(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="two-step student, got 8"):
-        next(generate(["x"], str(student), tmp_path, steps=8))
+        next(generate(PictureRequest(str(student), ["x"], steps=8), tmp_path))
     with pytest.raises(InputError, match="multiple of 8, got 30"):
-        next(generate(["x"], str(student), tmp_path, size=(30, 32)))
+        next(generate(PictureRequest(str(student), ["x"], size=(30, 32)), tmp_path))
     with pytest.raises(InputError, match="must not be empty"):
-        next(generate(["x", " "], str(student), tmp_path, size=SIZE))
+        next(generate(PictureRequest(str(student), ["x", " "], size=SIZE), tmp_path))
     with pytest.raises(ModelError, match="is no two-step student"):
-        next(generate(["x"], str(tiny_folder), tmp_path, size=SIZE, preview=True))
+        next(generate(PictureRequest(str(tiny_folder), ["x"], size=SIZE, preview=True), tmp_path))
 
 
 def test_prompts_come_from_arguments_files_and_stdin(
@@ -139,12 +150,16 @@ def test_the_command_prints_json_and_lays_out_a_grid(student: Path, tmp_path: Pa
 def test_compare_shows_each_model_at_equal_noise(
     student: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    models = [f"{tiny_folder}@2", str(student)]
+    models = [parse_model(f"{tiny_folder}@2"), (str(student), None)]
     path = compare(models, ["a dog"], tmp_path / "c.png", seed=5, size=SIZE, preview=True)
     picture = pixels(path)
     teachers, students = tmp_path / "teacher", tmp_path / "student"
-    (teacher,) = generate(["a dog"], str(tiny_folder), teachers, 5, steps=2, size=SIZE)
-    (made,) = generate(["a dog"], str(student), students, 5, size=SIZE, preview=True)
+    (teacher,) = generate(
+        PictureRequest(str(tiny_folder), ["a dog"], seed=5, steps=2, size=SIZE), teachers
+    )
+    (made,) = generate(
+        PictureRequest(str(student), ["a dog"], seed=5, size=SIZE, preview=True), students
+    )
     rows = [teacher.path, made.preview, made.path]
     images = []
     for row in rows:
@@ -162,11 +177,11 @@ def test_compare_refuses_what_it_cannot_show(student: Path, tmp_path: Path) -> N
         with pytest.raises(InputError, match="MODEL@STEPS"):
             parse_model(text)
     with pytest.raises(InputError, match=r"expected a \.png"):
-        compare([str(student)], ["a dog"], tmp_path / "c.jpg", size=SIZE)
+        compare([(str(student), None)], ["a dog"], tmp_path / "c.jpg", size=SIZE)
     with pytest.raises(InputError, match="two rows would be called"):
-        compare([str(student)] * 2, ["a dog"], tmp_path / "c.png", size=SIZE)
+        compare([(str(student), None)] * 2, ["a dog"], tmp_path / "c.png", size=SIZE)
     with pytest.raises(InputError, match="two-step student, got 8"):
-        compare([f"{student}@8"], ["a dog"], tmp_path / "c.png", size=SIZE)
+        compare([(str(student), 8)], ["a dog"], tmp_path / "c.png", size=SIZE)
 
 
 def test_tiles_lie_where_they_belong() -> None:

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from tiny import CPU, as_velocity, network_of, random_transformer
 from twostep.cli import app
+from twostep.cli.arguments import parse_memory
 from twostep.errors import InputError, ModelError
 from twostep.exports.combine import assemble
 from twostep.exports.registry import ExportOptions, export
 from twostep.inference import generate as generate_module
-from twostep.inference.generate import Holding, generate
+from twostep.inference.generate import PictureRequest, SamplerOptions, generate
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule
@@ -176,7 +177,7 @@ def test_prompts_on_disk_need_no_text_encoder(tiny_folder: Path, tmp_path: Path)
 
 
 def test_text_encoder_is_gone_before_pictures_are_made(student: Path) -> None:
-    sampler = Holding().load(ModelFolder.open(student), PROMPTS, CPU)
+    sampler = SamplerOptions(device=CPU).load(ModelFolder.open(student), PROMPTS)
     assert sampler.encoder._model is None
     assert torch.equal(latents(sampler), latents(Sampler.load(str(student))))
     assert sampler.encoder._model is None
@@ -187,15 +188,22 @@ def test_text_encoder_is_gone_before_pictures_are_made(student: Path) -> None:
 def test_where_all_pictures_are_there_no_weights_are_read(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = list(generate(PROMPTS, str(student), tmp_path, size=(32, 32)))
+    made = list(generate(PictureRequest(str(student), PROMPTS, size=(32, 32)), tmp_path))
     assert all(picture.made for picture in made)
     monkeypatch.setattr(generate_module.Sampler, "load", None)
-    again = list(generate(PROMPTS, str(student), tmp_path, size=(32, 32)))
+    again = list(generate(PictureRequest(str(student), PROMPTS, size=(32, 32)), tmp_path))
     assert [p.path for p in again] == [p.path for p in made]
     assert not any(picture.made for picture in again)
     # The same weights held otherwise are other pictures.
     with pytest.raises(TypeError):
-        list(generate(PROMPTS, str(student), tmp_path, size=(32, 32), holding=Holding("int8")))
+        list(
+            generate(
+                PictureRequest(
+                    str(student), PROMPTS, size=(32, 32), options=SamplerOptions("int8")
+                ),
+                tmp_path,
+            )
+        )
 
 
 def test_tiny_decoder_takes_the_vaes_place(student: Path, tmp_path: Path) -> None:
@@ -236,4 +244,4 @@ def test_embedded_tiny_decoder_is_close_to_the_vae() -> None:
 
 def test_unknown_memory_is_named() -> None:
     with pytest.raises(InputError, match="memory: expected one of plain, int8, offload, got 'fp4'"):
-        Holding.of("fp4", None, None)
+        parse_memory("fp4")

@@ -13,6 +13,7 @@ from twostep.cli import app, main
 from twostep.recipe.schema import Recipe
 
 runner = CliRunner()
+EVALUATE = ["evaluate", "--reference", "zoo:emoji-teacher", "--out", "nowhere"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +63,23 @@ def test_dry_run_prints_the_resolved_recipe(
         (
             ["generate", "a dog", "--model", "zoo:emoji-teacher", "--size", "33"],
             "multiple of 8, got 33",
+        ),
+        (
+            ["generate", "--model", "zoo:emoji-student", "--prompts", "none.txt"],
+            "--prompts: no file at none.txt",
+        ),
+        (
+            [*EVALUATE, "--model", "zoo:emoji-student", "--prompts", "none.txt"],
+            "--prompts: no file at none.txt",
+        ),
+        ([*EVALUATE, "--model", "zoo:emoji-student", "--device", "tpu"], "--device: expected auto"),
+        (
+            ["generate", "a dog", "--model", "zoo:emoji-student", "--device", "cuda:99"],
+            "--device: cuda:99 was asked for, but torch sees no such device",
+        ),
+        (
+            ["compare", "zoo:emoji-student", "--prompt", "a dog", "--device", "gpu"],
+            "--device: expected auto, cpu, cuda, cuda:NUMBER or mps, got 'gpu'",
         ),
     ],
 )

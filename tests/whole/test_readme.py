@@ -76,9 +76,10 @@ def test_tables_are_generated_from_their_json() -> None:
 
 @pytest.mark.parametrize("model", ["zoo:emoji-teacher", "zoo:emoji-student"])
 def test_models_of_the_readme_make_pictures(model: str, tmp_path: Path) -> None:
-    from twostep.inference.generate import generate
+    from twostep.inference.generate import PictureRequest, generate
 
-    (picture,) = generate(["two cats on a red background"], model, tmp_path)
+    request = PictureRequest(model, ["two cats on a red background"])
+    (picture,) = generate(request, tmp_path)
     with Image.open(picture.path) as image:
         assert image.size == (64, 64)
         red, _, _ = image.convert("RGB").resize((1, 1)).getpixel((0, 0))

@@ -37,7 +37,9 @@ def study() -> Iterator[ModuleType]:
 
 def recipe(study: ModuleType, name: str, common: tuple[str, ...] = ()) -> Recipe:
     row = study.ROWS[name]
-    return study.recipe_of(row, name, 1, Path("out"), common, Path("out/rendered"))
+    return study.recipe_of(
+        row, name, seed=1, out=Path("out"), common=common, external=Path("out/rendered")
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_rows_share_cache_seed_and_start_and_differ_from_the_full_method(
             made = {f"out/runs/{fit}/score": fit for fit in study.FITS}
             assert made.get(found.score.model) == row.score
             if row.score:
-                fit = study.recipe_of_fit(row.score, 20, Path("out"), common)
+                fit = study.recipe_of_fit(row.score, 20, out=Path("out"), common=common)
                 assert fit.run_folder / "score" == Path(f"out/runs/{row.score}/score")
                 assert fit.score.fit_turns == 20
                 assert fit.data.cache == found.data.cache

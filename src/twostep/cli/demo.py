@@ -4,57 +4,69 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from twostep.data.cache.build import open_cache
-from twostep.distill.run_folder import RunFolder
-from twostep.distill.trainer import Trainer
-from twostep.evaluation.evaluate import Settings, contenders, evaluate
-from twostep.evaluation.prompts import PromptSet
-from twostep.models.locate import ZOO
-from twostep.recipe.schema import Recipe
+from twostep.cli.console import note, quiet, say
 
-RECIPE = ZOO / "emoji-demo.yaml"
-SHIPPED = "zoo:emoji-student"
 # Generating and judging the evaluation's sets, in units of one cached teacher sample.
 _SAMPLES_PER_EVALUATED_IMAGE = 4.5
 _EVALUATION_OVERHEAD_SECONDS = 40.0
 # Random halves behind each interval: enough for two digits, done in seconds.
 _HALVES = 40
+_TITLE = "Two steps from eight: the embedded teacher"
 
 
-def run_demo(minutes: float, out: Path, images: int) -> Path:
-    """Caches, distils, evaluates; returns the path of `report.json`, `report.html` beside it.
+def demo(
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="time for all of it: cache, distilling, evaluation")
+    ] = 12.0,
+    out: Annotated[Path, typer.Option(help="folder for the run and its report")] = Path(
+        "runs/demo"
+    ),
+    images: Annotated[int, typer.Option(min=16, help="held-out images to evaluate on")] = 512,
+) -> None:
+    """Distil the embedded teacher into two steps and report how close the student comes.
 
-    Args:
-        minutes: for everything; what caching and evaluation leave goes to distilling.
-        images: held-out images per model.
+    Example: twostep demo --minutes 12
     """
-    console = Console(stderr=True)
+    from twostep.data.cache import build
+    from twostep.distill.run_folder import RunFolder
+    from twostep.distill.trainer import Trainer
+    from twostep.evaluation import entries, evaluate
+    from twostep.evaluation.prompts import PromptSet
+    from twostep.models.locate import ZOO
+    from twostep.recipe.schema import Recipe
+
+    quiet()
     started = time.monotonic()
     overrides = [f"output={out.parent}", f"name={out.name}", f"data.cache={out}/cache"]
-    recipe = Recipe.load(RECIPE, overrides)
+    recipe = Recipe.load(ZOO / "emoji-demo.yaml", overrides)
     run = RunFolder(out)
     if run.report.exists():  # a finished demo starts anew; an interrupted one goes on
         run.clear()
-    console.print("[bold]1/3[/] caching the teacher's samples")
-    cache = open_cache(recipe)
-    seconds_per_sample = (time.monotonic() - started) / len(cache)
-    evaluation = images * _SAMPLES_PER_EVALUATED_IMAGE * min(seconds_per_sample, 0.2)
-    left = 60 * minutes - (time.monotonic() - started) - evaluation - _EVALUATION_OVERHEAD_SECONDS
-    training_minutes = max(left / 60, 0.25 * minutes)
-    recipe = Recipe.load(RECIPE, [*overrides, f"training.minutes={training_minutes:.2f}"])
-    console.print(f"[bold]2/3[/] distilling for {training_minutes:.1f} minutes")
+    note("[bold]1/3[/] caching the teacher's samples")
+    cache = build.open_cache(recipe)
+    seconds = time.monotonic() - started
+    training_minutes = _minutes_left(
+        minutes, spent=seconds, seconds_per_sample=seconds / len(cache), images=images
+    )
+    recipe = Recipe.load(
+        ZOO / "emoji-demo.yaml", [*overrides, f"training.minutes={training_minutes:.2f}"]
+    )
+    note(f"[bold]2/3[/] distilling for {training_minutes:.1f} minutes")
     trainer = Trainer(recipe, cache)
     student = trainer.train()
-    console.print("[bold]3/3[/] evaluating on held-out prompts")
-    models = contenders(
-        recipe.teacher.model, recipe.teacher.steps, {"student": str(student), "shipped": SHIPPED}
+    note("[bold]3/3[/] evaluating on held-out prompts")
+    students = {"student": str(student), "shipped": "zoo:emoji-student"}
+    request = evaluate.EvaluationRequest(
+        entries=entries.list_entries(recipe.teacher.model, recipe.teacher.steps, students),
+        prompts=PromptSet.load("emoji", images),
+        size=(recipe.data.height, recipe.data.width),
+        halves=_HALVES,
     )
-    size = (recipe.data.height, recipe.data.width)
-    prompts = PromptSet.load("emoji", images)
-    comparison = evaluate(models, prompts, out / "images", Settings(size=size, halves=_HALVES))
+    comparison = evaluate.evaluate(request, out / "images")
     assert comparison is not None  # the demo is one process
     facts = {
         "command": f"twostep demo --minutes {minutes:g}",
@@ -63,6 +75,12 @@ def run_demo(minutes: float, out: Path, images: int) -> Path:
         "best_turn": trainer.progress.best_turn,
         "recipe": recipe.model_dump(mode="json"),
     }
-    title = "Two steps from eight: the embedded teacher"
-    comparison.write(run.report, facts, run.metrics(), title)
-    return run.report
+    comparison.write(run.report, facts, curves=run.metrics(), title=_TITLE)
+    say(f"report: {run.report.with_suffix('.html')}\n        {run.report}")
+
+
+def _minutes_left(minutes: float, *, spent: float, seconds_per_sample: float, images: int) -> float:
+    """What caching, in `spent` seconds, and evaluation leave of `minutes` to distilling."""
+    evaluation = images * _SAMPLES_PER_EVALUATED_IMAGE * min(seconds_per_sample, 0.2)
+    left = 60 * minutes - spent - evaluation - _EVALUATION_OVERHEAD_SECONDS
+    return max(left / 60, 0.25 * minutes)

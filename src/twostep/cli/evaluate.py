@@ -1,80 +1,83 @@
-"""`twostep evaluate`: arguments checked, models named, everything written."""
+"""`twostep evaluate`: students beside their teacher."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
+from twostep.cli.arguments import DeviceOption, SizeOption, parse_device, parse_size
+from twostep.cli.console import note, quiet, say
 from twostep.errors import InputError
-from twostep.evaluation.evaluate import Settings, contenders, evaluate
-from twostep.evaluation.prompts import PromptSet
-from twostep.inference.generate import parse_size
-from twostep.runtime.devices import pick_device
-from twostep.runtime.processes import local_device
 
 
-def run_evaluation(
-    models: Sequence[str],
-    reference: str,
-    out: Path,
-    prompts: str,
-    images: int,
-    seeds: int,
-    seed: int,
-    reference_steps: int,
-    steps: int | None,
-    features: Sequence[str] | None,
-    scores: Sequence[str] | None,
-    size: str,
-    halves: int,
-    device: str,
-) -> Path | None:
-    """Writes `out/metrics.json` and `out/report.html`; the former's path, None on other ranks.
+def evaluate(
+    model: Annotated[
+        list[str], typer.Option(help="a student, or any folder of the family; may be repeated")
+    ],
+    reference: Annotated[str, typer.Option(help="the teacher: a folder, zoo:NAME or a hub id")],
+    out: Annotated[Path, typer.Option(help="folder for images, metrics.json and report.html")],
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="emoji (held-out scenes), parti, hf:OWNER/NAME, or a .txt, .jsonl or .parquet file"
+        ),
+    ] = "emoji",
+    images: Annotated[int, typer.Option(min=4, help="images per model")] = 512,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="images per prompt; 2 or more for diversity")
+    ] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="what all the noise follows from")] = 0,
+    reference_steps: Annotated[int, typer.Option(min=1, help="the teacher's steps")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="steps of a model that is not a two-step student (8)")
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(help="inspector, efficientnet-lite0, ...; the first gives the main figures"),
+    ] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(help="inspector, ocr, clip, or NAME=COMMAND of your own; may be repeated"),
+    ] = None,
+    size: SizeOption = "64",
+    halves: Annotated[int, typer.Option(min=0, help="random halves behind each interval")] = 100,
+    device: DeviceOption = "auto",
+) -> None:
+    """Compare students with their teacher on the same prompts and noise. Resumable.
 
-    Raises:
-        UserError: for any argument that cannot be used, before images are made.
+    Example: twostep evaluate --model runs/x/student --reference path/to/teacher --out runs/check
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m twostep evaluate ...
     """
+    from twostep.evaluation import entries
+    from twostep.evaluation import evaluate as evaluation
+    from twostep.evaluation.prompts import PromptSet
+    from twostep.runtime.processes import local_device
+
+    quiet()
     is_emoji = prompts == "emoji"
     try:
         prompt_set = PromptSet.load(prompts, images, seeds, seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    settings = Settings(
+    names = entries.short_names(model)
+    request = evaluation.EvaluationRequest(
+        entries=entries.list_entries(reference, reference_steps, names, student_steps=steps),
+        prompts=prompt_set,
         features=features or (["inspector"] if is_emoji else ["efficientnet-lite0"]),
         scores=scores if scores is not None else (["inspector"] if is_emoji else []),
         halves=halves,
         size=parse_size(size),
     )
-    ranks = contenders(reference, reference_steps, _names(models), steps)
-    chosen = local_device(pick_device(device))
-    comparison = evaluate(ranks, prompt_set, out / "images", settings, chosen)
-    if comparison is None:
-        return None
+    chosen = local_device(parse_device(device))
+    comparison = evaluation.evaluate(request, out / "images", device=chosen)
+    if comparison is None:  # another process judges
+        return
     path = out / "metrics.json"
-    command = shlex.join(["twostep", *sys.argv[1:]])
-    comparison.write(path, {"command": command})
-    Console(stderr=True).print(f"[bold]{comparison.verdict}[/]", highlight=False)
-    return path
-
-
-def _names(models: Sequence[str]) -> dict[str, str]:
-    """A short name for each model: `student` for one, its folder's name among several.
-
-    Raises:
-        InputError: if two models would have the same name.
-    """
-    if len(models) == 1:
-        return {"student": models[0]}
-    names: dict[str, str] = {}
-    for model in models:
-        path = Path(model.removeprefix("zoo:"))
-        # A run's folder says more than the `student` inside it.
-        name = path.parent.name if path.name == "student" and path.parent.name else path.name
-        if name in names:
-            raise InputError(f"model: {model!r} and {names[name]!r} are both called {name!r}")
-        names[name] = model
-    return names
+    comparison.write(path, {"command": shlex.join(["twostep", *sys.argv[1:]])})
+    note(f"[bold]{comparison.verdict}[/]")
+    say(f"report: {path.with_name('report.html')}\n        {path}")

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from twostep.emoji.scenes import training_scenes
-from twostep.errors import UserError
+from twostep.errors import UserError, missing_extra
 
 HUB = "hf:"
 _PARTI = Path(__file__).parent / "prompt_sets" / "parti.tsv"
@@ -19,12 +19,18 @@ class PromptError(UserError, ValueError):
     """A prompt source that cannot be used."""
 
 
+class _ColumnError(PromptError):
+    """A table without the column that should hold prompts."""
+
+
 def load_prompts(
     source: str,
     count: int | None = None,
+    *,
     seed: int = 0,
     column: str = "prompt",
     split: str = "train",
+    option: str = "data.prompts",
 ) -> list[str]:
     """The first `count` distinct prompts of `source`, all of it if None.
 
@@ -32,28 +38,43 @@ def load_prompts(
         source: `emoji` (captions of training scenes, two thirds English, one third Chinese),
             `parti` (PartiPrompts), a .txt file with a prompt a line, a .jsonl or .parquet file, or
             `hf:OWNER/NAME`, a dataset of the Hugging Face hub. Parquet and datasets are read only
-            as far as they are needed, and want `pip install "twostep[datasets]"`.
+            as far as they are needed, and want the extra "datasets".
         column: where a .jsonl or .parquet file or a dataset has its prompts.
         split: of a dataset.
+        option: where the user named `source`; every message begins with it.
 
     Raises:
         PromptError: unreadable source, bad line (named), or no prompts at all.
+        MissingExtraError: for Parquet and datasets, without the packages that read them.
     """
+    try:
+        distinct = list(
+            islice(_distinct(_read(source, count, seed=seed, column=column, split=split)), count)
+        )
+        if not distinct:
+            raise PromptError(f"{source} holds no prompts")
+    except _ColumnError as error:
+        named = "data.prompt_column" if option == "data.prompts" else option
+        raise PromptError(f"{named}: {error}") from error
+    except PromptError as error:
+        raise PromptError(f"{option}: {error}") from error
+    except ImportError as error:
+        raise missing_extra("datasets", error, option=f"{option}: {source}") from error
+    return distinct
+
+
+def _read(source: str, count: int | None, *, seed: int, column: str, split: str) -> Iterator[str]:
+    """All of `source`, repetitions too; at least `count` of the embedded world's."""
     if count is None and (source == "emoji" or source.startswith(HUB)):
-        raise PromptError(f"data.prompts: {source} may be without end; say how many prompts")
+        raise PromptError(f"{source} may be without end; say how many prompts")
     if source == "emoji":
         assert count is not None
-        prompts = iter(_emoji(count, seed))
-    elif source == "parti":
-        prompts = _parti()
-    elif source.startswith(HUB):
-        prompts = _dataset(source.removeprefix(HUB), column, split)
-    else:
-        prompts = _file(Path(source), column)
-    distinct = list(islice(_distinct(prompts), count))
-    if not distinct:
-        raise PromptError(f"{source} holds no prompts")
-    return distinct
+        return iter(_emoji(count, seed))
+    if source == "parti":
+        return _parti()
+    if source.startswith(HUB):
+        return _dataset(source.removeprefix(HUB), column, split)
+    return _file(Path(source), column)
 
 
 def _distinct(prompts: Iterator[str]) -> Iterator[str]:
@@ -83,11 +104,11 @@ def _file(path: Path, column: str) -> Iterator[str]:
     }
     if path.suffix not in readers:
         raise PromptError(
-            "data.prompts: expected emoji, parti, hf:OWNER/NAME, or a .txt, .jsonl or .parquet "
+            "expected emoji, parti, hf:OWNER/NAME, or a .txt, .jsonl or .parquet "
             f"file, got {str(path)!r}"
         )
     if not path.is_file():
-        raise PromptError(f"data.prompts: no file at {path}")
+        raise PromptError(f"no file at {path}")
     return readers[path.suffix](path, column)
 
 
@@ -103,11 +124,9 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise _not_installed(str(path), error) from error
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     try:
         file = ParquetFile(path)
     except pyarrow.ArrowException as error:
@@ -120,15 +139,13 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 
 def _dataset(name: str, column: str, split: str) -> Iterator[str]:
     """Streamed, so that a large set costs no more than the prompts that are taken from it."""
-    try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError
-    except ImportError as error:
-        raise _not_installed(name, error) from error
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
         rows = load_dataset(name, split=split, streaming=True)
     except (DatasetNotFoundError, ValueError, OSError) as error:
-        raise PromptError(f"data.prompts: dataset {name!r}, split {split!r}: {error}") from error
+        raise PromptError(f"dataset {name!r}, split {split!r}: {error}") from error
     first = next(iter(rows.take(1)), None)
     _check_column(column, list(first or ()), f"{name} ({split})")
     for row in rows.select_columns([column]):
@@ -137,18 +154,10 @@ def _dataset(name: str, column: str, split: str) -> Iterator[str]:
 
 def _check_column(column: str, columns: list[str], where: str) -> None:
     if column not in columns:
-        raise PromptError(
-            f"data.prompt_column: {where} has no {column!r}; it has {', '.join(columns) or 'none'}"
-        )
+        raise _ColumnError(f"{where} has no {column!r}; it has {', '.join(columns) or 'none'}")
 
 
 def _text(prompt: object, column: str, where: str) -> str:
     if not isinstance(prompt, str):
         raise PromptError(f"{where}: {column} must be a string, got {prompt!r}")
     return prompt.strip()
-
-
-def _not_installed(source: str, error: ImportError) -> PromptError:
-    return PromptError(
-        f'data.prompts: {source} needs an extra: pip install "twostep[datasets]" ({error})'
-    )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import date
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,31 +13,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from twostep.evaluation.entries import Entry
 from twostep.evaluation.features import Extractor, load_extractor
-from twostep.evaluation.figures import Evidence, Trial, figures, intervals, nested
-from twostep.evaluation.image_store import Contender, ImageSet, ImageStore, make_images
+from twostep.evaluation.figures import AlignedSets, Measured, figures, intervals, nested
+from twostep.evaluation.image_store import ImageStore, make_images
 from twostep.evaluation.latency import measure_latency
 from twostep.evaluation.prompts import PromptSet
-from twostep.evaluation.report.page import Pair, verdict, write_report
+from twostep.evaluation.report.page import Pair, write_report
+from twostep.evaluation.report.words import verdict
 from twostep.evaluation.scorers import load_scorer
 from twostep.inference.sampler import Sampler
-from twostep.models.folder import ModelFolder
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_json
 from twostep.runtime.processes import rank_and_world, wait_for
-from twostep.runtime.provenance import git_commit, machine
+from twostep.runtime.provenance import stamp
 
 # How many columns the report's pictures have, and how many pairs it shows of each kind.
 _SHOWN, _PAIRS = 12, 8
-_TIMED_IMAGES = 32
-_REFERENCE = "reference"
-_PREVIEW = "/preview"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is measured and how finely.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """Who is compared on what, and how finely.
 
     Attributes:
+        entries: the first is the teacher; `naive` among them gives the gap that students close.
         features: extractors' names; the first gives the main figures.
         scores: scorers' names.
         halves: random halves of the prompts behind each interval; 0 for no intervals.
@@ -47,30 +44,17 @@ class Settings:
         timed: images in the batch that is timed; 0 for no timing.
     """
 
+    entries: Sequence[Entry]
+    prompts: PromptSet
     features: Sequence[str] = ("inspector",)
     scores: Sequence[str] = ("inspector",)
     halves: int = 100
     size: tuple[int, int] = (64, 64)
-    timed: int = _TIMED_IMAGES
+    timed: int = 32
 
-
-def contenders(
-    teacher: str, teacher_steps: int, students: Mapping[str, str], student_steps: int | None = None
-) -> list[Contender]:
-    """The teacher, its weights at two steps, and the students.
-
-    Args:
-        students: models by name. A two-step student folder always runs in 2 steps.
-        student_steps: for students that are ordinary folders; 8 if None.
-    """
-    result = [Contender(f"teacher_{teacher_steps}", teacher, teacher_steps)]
-    if teacher_steps != 2:
-        result.append(Contender("naive_2", teacher, 2))
-    for name, model in students.items():
-        two_step = ModelFolder.open(model).student is not None
-        steps = None if two_step else student_steps or 8
-        result.append(Contender(f"{name}_{steps or 2}", model, steps))
-    return result
+    @property
+    def teacher(self) -> Entry:
+        return self.entries[0]
 
 
 @dataclass(frozen=True)
@@ -98,6 +82,7 @@ class Comparison:
         self,
         path: Path,
         facts: Mapping[str, Any],
+        *,
         curves: Sequence[dict[str, Any]] = (),
         title: str = "Two steps against their teacher",
     ) -> None:
@@ -108,20 +93,16 @@ class Comparison:
             curves: the training's records, for the report.
         """
         report = {**self.figures, **facts}
-        text = json.dumps(report, indent=2, ensure_ascii=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+        write_json(path, report)
         write_report(
-            path.parent, report, self.panels, self.captions, list(curves), title, self.pairs
-        )
+            path.parent, report, panels=self.panels, captions=self.captions, curves=curves,
+            title=title, pairs=self.pairs,
+        )  # fmt: skip
 
 
 def evaluate(
-    models: Sequence[Contender],
-    prompts: PromptSet,
-    folder: Path,
-    settings: Settings,
-    device: torch.device | str = "cpu",
+    request: EvaluationRequest, folder: Path, *, device: torch.device | str = "cpu"
 ) -> Comparison | None:
     """Makes every model's images and judges them.
 
@@ -132,65 +113,69 @@ def evaluate(
     distance to it is the floor, and a perfect student scores that.
 
     Args:
-        models: the first is the teacher; `naive_2` among them gives the gap that students close.
         folder: for the images; a run that finds them goes on from there.
 
     Raises:
         ExtractorError, ScorerError, ModelError: before any image is made.
     """
-    extractors = [load_extractor(name) for name in settings.features]
-    scorers = [load_scorer(name) for name in settings.scores]
+    extractors = [load_extractor(name) for name in request.features]
+    scorers = [load_scorer(name) for name in request.scores]
+    prompts, others = request.prompts, request.teacher.as_reference()
+    stores = [
+        ImageStore(folder / entry.key, entry, prompts=prompts, size=request.size)
+        for entry in (*request.entries, others)
+    ]
     rank, world = rank_and_world()
-    teacher = models[0]
-    everyone = [*models, replace(teacher, key=_REFERENCE, reference=True)]
-    stores = [ImageStore(folder / c.key, c, prompts, settings.size) for c in everyone]
-    _make_all(stores, device, rank, world)
+    _make_all(stores, device=device, rank=rank, world=world)
     if rank:
         return None
     wait_for(lambda: not any(s.missing() for s in stores), "the other processes")
 
     console = Console(stderr=True)
     console.print("judging", highlight=False)
-    pictures = _with_previews({store.contender.key: store.read() for store in stores})
+    pictures = _read_all(stores)
+    reference = pictures.pop(others)
     scores = {
-        key: {name: v for score in scorers for name, v in score(images, prompts).items()}
-        for key, images in pictures.items()
-        if key != _REFERENCE
+        entry: {name: v for score in scorers for name, v in score(images, prompts).items()}
+        for entry, images in pictures.items()
     }
-    trials = {e.name: _trial(e, pictures, scores, prompts, models) for e in extractors}
-    main, *others = trials
-    result = _assemble(trials[main], settings.halves)
-    for name in others:
-        for key, more in _assemble(trials[name], settings.halves).items():
-            result[key].setdefault("features", {})[name] = more
-    if settings.timed:
+    aligned = {
+        extractor.name: _aligned(request, extractor, pictures, scores, reference=reference)
+        for extractor in extractors
+    }
+    main, *more = aligned
+    result = _all_figures(aligned[main], request.halves)
+    for name in more:
+        for key, found in _all_figures(aligned[name], request.halves).items():
+            result[key].setdefault("features", {})[name] = found
+    if request.timed:
         console.print("timing", highlight=False)
-        for key, measured in _time(models, prompts, settings, device).items():
+        for key, measured in _time(request, device).items():
             result[key] |= measured
-    found = {
-        "models": _previews_inside(result),
-        "floor": result[teacher.key]["frechet_to_teacher"],
-        "gap_closed": {
-            k: v["gap_closed"]
-            for k, v in result.items()
-            if "gap_closed" in v and not k.endswith(_PREVIEW)
-        },
-        "prompts": len(prompts.prompts),
-        "images": len(prompts),
-        "extractor": main,
-        "halves": settings.halves,
-        "commit": git_commit(),
-        "machine": machine(),
-        "date": date.today().isoformat(),
-    }
     shown = min(_SHOWN, len(prompts.prompts))
-    panels = {_label(key): images[:shown] for key, images in pictures.items() if key != _REFERENCE}
-    pairs = _pairs(trials[main], pictures, models, prompts)
-    return Comparison(found, panels, prompts.captions[:shown], pairs)
+    return Comparison(
+        figures={
+            "models": {e.key: _of_model(e, result) for e in request.entries},
+            "floor": result[request.teacher.key]["frechet_to_teacher"],
+            "gap_closed": {
+                e.key: result[e.key]["gap_closed"]
+                for e in request.entries
+                if "gap_closed" in result[e.key]
+            },
+            "prompts": len(prompts.prompts),
+            "images": len(prompts),
+            "extractor": main,
+            "halves": request.halves,
+            **stamp(),
+        },
+        panels={entry.label: images[:shown] for entry, images in pictures.items()},
+        captions=prompts.captions[:shown],
+        pairs=_pairs(request, aligned[main], pictures),
+    )
 
 
 def _make_all(
-    stores: Sequence[ImageStore], device: torch.device | str, rank: int, world: int
+    stores: Sequence[ImageStore], *, device: torch.device | str, rank: int, world: int
 ) -> None:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -208,112 +193,92 @@ def _make_all(
     with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as bars:
         bar = bars.add_task("images", total=total)
         # Stores of one model in a row, so that it is loaded once.
-        for store in sorted(stores, key=lambda s: s.contender.model):
-            bars.update(bar, description=f"images of {store.contender.key}")
+        for store in sorted(stores, key=lambda s: s.entry.model):
+            bars.update(bar, description=f"images of {store.entry.key}")
             make_images(
                 store,
-                partial(load, store.contender.model),
-                rank,
-                world,
-                partial(bars.advance, bar),
+                partial(load, store.entry.model),
+                rank=rank,
+                world=world,
+                on_images=partial(bars.advance, bar),
             )
 
 
-def _with_previews(sets: Mapping[str, ImageSet]) -> dict[str, Tensor]:
-    """Every row of pictures by key; a student's preview, `KEY/preview`, before its result."""
-    rows: dict[str, Tensor] = {}
-    for key, found in sets.items():
+def _read_all(stores: Sequence[ImageStore]) -> dict[Entry, Tensor]:
+    """Everyone's pictures; a student's previews stand before its results."""
+    rows: dict[Entry, Tensor] = {}
+    for store in stores:
+        found = store.read()
         if found.previews is not None:
-            rows[key + _PREVIEW] = found.previews
-        rows[key] = found.images
+            rows[store.entry.as_preview()] = found.previews
+        rows[store.entry] = found.images
     return rows
 
 
-def _trial(
+def _aligned(
+    request: EvaluationRequest,
     extractor: Extractor,
-    pictures: Mapping[str, Tensor],
-    scores: Mapping[str, Mapping[str, Tensor]],
-    prompts: PromptSet,
-    models: Sequence[Contender],
-) -> Trial:
-    seen = {
-        key: Evidence(extractor(images), scores.get(key, {})) for key, images in pictures.items()
-    }
-    reference = seen.pop(_REFERENCE)
-    keys = [c.key for c in models]
-    return Trial(
-        prompts.groups,
-        reference,
-        seen[keys[0]],
-        seen,
-        floor=keys[0],
-        naive="naive_2" if "naive_2" in keys else None,
+    pictures: Mapping[Entry, Tensor],
+    scores: Mapping[Entry, Mapping[str, Tensor]],
+    *,
+    reference: Tensor,
+) -> AlignedSets:
+    sets = {e.key: Measured(extractor(images), scores[e]) for e, images in pictures.items()}
+    return AlignedSets(
+        groups=request.prompts.groups,
+        reference=Measured(extractor(reference), {}),
+        teacher=sets[request.teacher.key],
+        sets=sets,
+        floor=request.teacher.key,
+        naive=next((e.key for e in request.entries if e.kind == "naive"), None),
     )
 
 
-def _assemble(trial: Trial, halves: int) -> dict[str, dict[str, Any]]:
-    around = intervals(trial, halves)
+def _all_figures(aligned: AlignedSets, halves: int) -> dict[str, dict[str, Any]]:
+    """Figures and their intervals by key, as `metrics.json` nests them."""
+    around = intervals(aligned, halves)
     result = {}
-    for key, flat in figures(trial).items():
+    for key, flat in figures(aligned).items():
         result[key] = nested(flat)
         if around.get(key):
             result[key]["interval"] = nested(around[key])
     return result
 
 
-def _previews_inside(result: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`KEY/preview` as `KEY`'s entry `preview`."""
-    models = {key: dict(value) for key, value in result.items() if not key.endswith(_PREVIEW)}
-    for key in models:
-        if key + _PREVIEW in result:
-            models[key]["preview"] = result[key + _PREVIEW]
-    return models
+def _of_model(entry: Entry, result: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """A model's figures, its preview's within."""
+    preview = result.get(entry.as_preview().key)
+    own = {"kind": entry.kind, **result[entry.key]}
+    return own if preview is None else own | {"preview": preview}
 
 
-def _time(
-    models: Sequence[Contender],
-    prompts: PromptSet,
-    settings: Settings,
-    device: torch.device | str,
-) -> dict[str, dict[str, Any]]:
-    count = min(settings.timed, len(prompts))
+def _time(request: EvaluationRequest, device: torch.device | str) -> dict[str, dict[str, Any]]:
+    prompts, count = request.prompts, min(request.timed, len(request.prompts))
     result = {}
-    for model in models:
-        sampler = Sampler.load(model.model, device)
-        noise = prompts.noise(slice(0, count), sampler.noise_shape(*settings.size))
-        latency = measure_latency(sampler, prompts.captions[:count], noise, model.steps)
-        result[model.key] = {"seconds_per_image": latency.total, "latency": latency.as_dict()}
+    for entry in request.entries:
+        sampler = Sampler.load(entry.model, device)
+        noise = prompts.noise(slice(0, count), sampler.noise_shape(*request.size))
+        latency = measure_latency(sampler, prompts.captions[:count], noise, steps=entry.steps)
+        result[entry.key] = {"seconds_per_image": latency.total, "latency": latency.as_dict()}
     return result
 
 
-def _label(key: str) -> str:
-    name, preview, _ = key.partition(_PREVIEW)
-    name, _, steps = name.rpartition("_")
-    if preview:
-        return f"{name}, step-1 preview"
-    return f"{'same weights' if name == 'naive' else name}, {steps} steps"
-
-
 def _pairs(
-    trial: Trial,
-    pictures: Mapping[str, Tensor],
-    models: Sequence[Contender],
-    prompts: PromptSet,
+    request: EvaluationRequest, aligned: AlignedSets, pictures: Mapping[Entry, Tensor]
 ) -> list[Pair]:
     """The first student's images furthest from and closest to the teacher's of the same noise."""
-    students = [c.key for c in models if not c.key.startswith(("teacher_", "naive_"))]
-    if not students:
+    student = next((e for e in request.entries if e.kind == "student"), None)
+    if student is None:
         return []
-    key = students[0]
-    apart = (trial.sets[key].features - trial.teacher.features).norm(dim=1)
-    order = apart.argsort(descending=True).tolist()
+    apart = aligned.sets[student.key].features - aligned.teacher.features
+    order = apart.norm(dim=1).argsort(descending=True).tolist()
     count = min(_PAIRS, len(order) // 2)
     return [
         Pair(
-            kind,
-            prompts.captions[row],
-            pictures[models[0].key][row],
-            pictures[key][row],
+            kind=kind,
+            caption=request.prompts.captions[row],
+            teacher=pictures[request.teacher][row],
+            student=pictures[student][row],
         )
         for kind, rows in (("furthest apart", order[:count]), ("closest", order[-count:][::-1]))
         for row in rows

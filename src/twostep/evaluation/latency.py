@@ -42,6 +42,7 @@ def measure_latency(
     sampler: Sampler,
     prompts: list[str],
     noise: Tensor,
+    *,
     steps: int | None = None,
     keep_prompts: bool = False,
     runs: int = 3,
@@ -60,7 +61,7 @@ def measure_latency(
     for number in range(_WARM_UP + runs):
         if not keep_prompts:
             sampler.encoder.forget()
-        marks = _one_run(sampler, prompts, noise, steps)
+        marks = _one_run(sampler, prompts, noise, steps=steps)
         if number >= _WARM_UP:
             readings.append(marks)
     best = min(readings, key=lambda marks: marks[-1] - marks[0])
@@ -70,12 +71,16 @@ def measure_latency(
         memory = torch.cuda.max_memory_allocated(device)
     else:
         with live_bytes() as live:
-            _one_run(sampler, prompts, noise, steps)
+            _one_run(sampler, prompts, noise, steps=steps)
         memory = live.peak + weight_bytes(*sampler.modules())
-    return Latency(sum(parts), text, per_step, decode, memory)
+    return Latency(
+        total=sum(parts), text=text, steps=per_step, decode=decode, peak_memory_bytes=memory
+    )
 
 
-def _one_run(sampler: Sampler, prompts: list[str], noise: Tensor, steps: int | None) -> list[float]:
+def _one_run(
+    sampler: Sampler, prompts: list[str], noise: Tensor, *, steps: int | None
+) -> list[float]:
     """Clock readings: before, after the text, after each step, after decoding."""
     marks: list[float] = []
 

@@ -51,7 +51,8 @@ class PromptSet:
                 "prompts"
             )
         if source != "emoji":
-            return PromptSet(load_prompts(source, count, seed), None, seeds_per_prompt, seed)
+            found = load_prompts(source, count, seed=seed, option="--prompts")
+            return PromptSet(found, None, seeds_per_prompt, seed)
         scenes = held_out_scenes(count, seed)
         # Categories come in turn of four: the language changes every four.
         prompts = [s.caption("zh" if i // 4 % 2 else "en") for i, s in enumerate(scenes)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twostep.emoji.inspector import Inspector, is_right
 from twostep.emoji.scenes import CATEGORIES
-from twostep.errors import UserError
+from twostep.errors import UserError, missing_extra
 from twostep.evaluation.external_scorer import ExternalScore
 from twostep.evaluation.prompts import PromptSet
 from twostep.models.locate import ZOO
@@ -31,14 +31,15 @@ _QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|「([^」]+)」|『([^』]+)
 
 
 class ScorerError(UserError, ValueError):
-    """A scorer that is unknown, not installed, or does not fit the prompts."""
+    """A scorer that is unknown or does not fit the prompts."""
 
 
 def load_scorer(name: str) -> Scorer:
     """One of `NAMES`, or a program of the user's, `NAME=COMMAND`.
 
     Raises:
-        ScorerError: naming what is allowed, or what to install.
+        ScorerError: naming what is allowed.
+        MissingExtraError: naming what to install.
     """
     if name == "inspector":
         inspector = Inspector.load(ZOO / "inspector")
@@ -96,7 +97,7 @@ def _ocr() -> Scorer:
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise _not_installed("ocr", error) from error
+        raise missing_extra("evaluation", error, option="scores: ocr") from error
     reader = RapidOCR(params={"Global.log_level": "error"})
 
     def score(images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
@@ -120,7 +121,7 @@ def _clip() -> Scorer:
 
         metric = CLIPScore(_CLIP)
     except ImportError as error:
-        raise _not_installed("clip", error) from error
+        raise missing_extra("evaluation", error, option="scores: clip") from error
     except OSError as error:
         raise ScorerError(f"scores: the weights of {_CLIP} cannot be had: {error}") from error
 
@@ -145,9 +146,3 @@ def _external(text: str) -> Scorer:
             raise ScorerError(f"scores: {error}") from error
 
     return score
-
-
-def _not_installed(name: str, error: ImportError) -> ScorerError:
-    return ScorerError(
-        f"scores: {name} needs `pip install twostep[evaluation]`, {error.name} is missing"
-    )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twostep.evaluation.report.page import verdict
+from twostep.evaluation.report.words import verdict
 from twostep.method.schedule import Schedule
 
 _HEAD = """---

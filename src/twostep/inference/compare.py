@@ -5,45 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from twostep.errors import InputError
 from twostep.inference.generate import check_prompts, open_model
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
-from twostep.runtime.devices import pick_device
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import labelled_rows, to_pil
 
 
-def parse_model(text: str) -> tuple[str, int | None]:
-    """(model, steps) from "MODEL" or "MODEL@STEPS".
-
-    Raises:
-        InputError: if what follows the last @ is no positive number.
-    """
-    model, at, steps = text.rpartition("@")
-    if not at:
-        return text, None
-    if not steps.isdecimal() or int(steps) < 1:
-        raise InputError(f"model: expected MODEL or MODEL@STEPS, got {text!r}")
-    return model, int(steps)
-
-
 def compare(
-    models: Sequence[str],
+    models: Sequence[tuple[str, int | None]],
     prompts: Sequence[str],
     out: Path,
+    *,
     seed: int = 0,
     count: int = 1,
     size: tuple[int, int] = (64, 64),
     preview: bool = False,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Writes one picture: a column per prompt and seed, a row per model at equal noise.
 
     Args:
-        models: folders, `zoo:NAME` or hub ids; `MODEL@STEPS` for other steps than a teacher's 8.
+        models: each a folder, `zoo:NAME` or hub id, and its steps; None for a teacher's 8.
         seed, count: seeds of each prompt, `seed` and up.
         preview: a row more for each student, of what its step 1 points to.
 
@@ -56,10 +43,9 @@ def compare(
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
     captions = [prompt for prompt, _ in pairs]
     rows: dict[str, list[Image.Image]] = {}
-    for text in models:
-        model, steps = parse_model(text)
-        folder = open_model(model, size, steps)
-        sampler = Sampler.load(folder, pick_device(device))
+    for model, steps in models:
+        folder = open_model(model, size=size, steps=steps)
+        sampler = Sampler.load(folder, device)
         noise = seeded_noise([number for _, number in pairs], sampler.noise_shape(*size))
         sample = sampler.sample(captions, noise, steps)
         name = Path(model.removeprefix("zoo:")).name

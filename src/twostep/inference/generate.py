@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,51 +13,16 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from twostep.data.prompts import load_prompts
 from twostep.errors import InputError
-from twostep.families.family import MAX_PIXELS
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
-from twostep.runtime.devices import MODES, Memory, Placement, pick_device
+from twostep.runtime.devices import Memory, Placement
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import tile, to_pil
 
 # Prompts that are encoded before the transformers are loaded, and remembered.
 _ENCODED_FIRST = 512
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) from "SIDE" or "WIDTHxHEIGHT".
-
-    Raises:
-        InputError: for anything else, or more than `MAX_PIXELS`.
-    """
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not match:
-        raise InputError(f"size: expected SIDE or WIDTHxHEIGHT in pixels, got {text!r}")
-    width = int(match[1])
-    height = int(match[2] or width)
-    if width * height > MAX_PIXELS:
-        raise InputError(f"size: at most {MAX_PIXELS} pixels, {text!r} has {width * height}")
-    return height, width
-
-
-def read_prompts(prompts: Sequence[str], file: str | None = None) -> list[str]:
-    """Prompts given one by one, `-` standing for stdin's lines, then those of `file`.
-
-    Raises:
-        InputError, PromptError: for an unreadable file, or no prompts at all.
-    """
-    found: list[str] = []
-    for prompt in prompts:
-        lines = [line.strip() for line in sys.stdin] if prompt == "-" else [prompt]
-        found.extend(line for line in lines if line or prompt != "-")
-    if file is not None:
-        found.extend(load_prompts(file))
-    if not found:
-        raise InputError("prompts: none given; name some, or --prompts FILE, or - for stdin")
-    return found
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -100,7 +64,7 @@ class Picture:
         return json.dumps(record, ensure_ascii=False)
 
 
-def open_model(model: str, size: tuple[int, int], steps: int | None) -> ModelFolder:
+def open_model(model: str, *, size: tuple[int, int], steps: int | None) -> ModelFolder:
     """The model's folder, once the arguments fit it; loads no weights.
 
     Raises:
@@ -113,30 +77,24 @@ def open_model(model: str, size: tuple[int, int], steps: int | None) -> ModelFol
 
 
 @dataclass(frozen=True)
-class Holding:
-    """How a model is held while it makes pictures.
+class SamplerOptions:
+    """How a model is held while it makes pictures, and where.
 
     Attributes:
-        memory: of the transformers' weights (`memory.py`).
+        memory: of the transformers' weights (`runtime/devices.py`).
         tiny_decoder: an `AutoencoderTiny` in the VAE's place: a folder, `zoo:NAME` or a hub id.
         prompt_cache: a folder in which encoded prompts outlive the process.
+        device: where it computes.
     """
 
     memory: Memory = "plain"
     tiny_decoder: str | None = None
     prompt_cache: Path | None = None
+    device: torch.device | str = "cpu"
 
-    @staticmethod
-    def of(memory: str, tiny_decoder: str | None, prompt_cache: Path | None) -> Holding:
-        """From names; InputError for a `memory` that is not known."""
-        for mode in MODES:
-            if memory == mode:
-                return Holding(mode, tiny_decoder, prompt_cache)
-        raise InputError(f"memory: expected one of {', '.join(MODES)}, got {memory!r}")
-
-    def load(self, folder: ModelFolder, prompts: Sequence[str], device: torch.device) -> Sampler:
+    def load(self, folder: ModelFolder, prompts: Sequence[str]) -> Sampler:
         """The model, its prompts encoded already and its text encoder gone again."""
-        placement = Placement.on(device, self.memory)
+        placement = Placement.on(self.device, self.memory)
         encoder = folder.encoder(
             placement, cache_size=_ENCODED_FIRST, prompt_cache=self.prompt_cache
         )
@@ -148,70 +106,87 @@ class Holding:
         )
 
 
-def generate(
-    prompts: Sequence[str],
-    model: str,
-    out: Path,
-    seed: int = 0,
-    steps: int | None = None,
-    size: tuple[int, int] = (64, 64),
-    count: int = 1,
-    preview: bool = False,
-    batch_size: int = 16,
-    device: str = "cpu",
-    holding: Holding = Holding(),
-) -> Iterator[Picture]:
-    """Writes `count` pictures per prompt, seeds from `seed` up, and yields them as they are done.
+@dataclass(frozen=True)
+class PictureRequest:
+    """Which pictures are wanted: `count` of each prompt, seeds from `seed` up.
+
+    Attributes:
+        model: a folder, `zoo:NAME` or a hub id.
+        steps: a teacher's; None for its 8, and for a student.
+        size: (height, width) in pixels.
+        preview: also what step 1 points to; for students only.
+        batch_size: pictures at a time.
+    """
+
+    model: str
+    prompts: Sequence[str]
+    seed: int = 0
+    steps: int | None = None
+    size: tuple[int, int] = (64, 64)
+    count: int = 1
+    preview: bool = False
+    batch_size: int = 16
+    options: SamplerOptions = SamplerOptions()
+
+
+def generate(request: PictureRequest, out: Path) -> Iterator[Picture]:
+    """Writes the pictures to `out` and yields them as they are done.
 
     A picture that is already there, made by the same weights held in the same way from the same
     prompt, seed, size and number of steps, is not made again. Where none is missing, no weights
     are read.
 
-    Args:
-        size: (height, width) in pixels.
-        preview: also write what step 1 points to; for students only.
-
     Raises:
         InputError, ModelError: before any picture is made.
     """
-    check_prompts(prompts)
-    folder = open_model(model, size, steps)
-    if preview:
+    check_prompts(request.prompts)
+    folder = open_model(request.model, size=request.size, steps=request.steps)
+    if request.preview:
         folder.check_student("preview")
-    chosen = pick_device(device)
-    used = folder.count_steps(steps)
     out.mkdir(parents=True, exist_ok=True)
-    wanted = [
-        Picture(path, prompt, number, used, model, _beside(path) if preview else None, True)
-        for prompt in dict.fromkeys(prompts)
-        for number in range(seed, seed + count)
-        for path in [out / f"{_slug(prompt)}-{number}-{used}steps.png"]
-    ]
+    wanted = _pictures(request, folder.count_steps(request.steps), out)
     weights = folder.fingerprint[:16]
-    facts = {picture: _facts(picture, size, weights, holding) for picture in wanted}
+    facts = {picture: _facts(picture, request, weights) for picture in wanted}
     missing = {picture for picture in wanted if not _is_there(picture, facts[picture])}
     sampler = None
     if missing:
-        sampler = holding.load(folder, list(dict.fromkeys(p.prompt for p in missing)), chosen)
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
+        sampler = request.options.load(folder, list(dict.fromkeys(p.prompt for p in missing)))
+    for start in range(0, len(wanted), request.batch_size):
+        part = wanted[start : start + request.batch_size]
         todo = [picture for picture in part if picture in missing]
         if todo:
             assert sampler is not None
-            _make(todo, sampler, size, steps, facts)
+            _make(todo, sampler, request, facts)
         for picture in part:
             yield replace(picture, made=picture in missing)
+
+
+def _pictures(request: PictureRequest, steps: int, out: Path) -> list[Picture]:
+    """All that are wanted, as if they were there."""
+    return [
+        Picture(
+            path=path,
+            prompt=prompt,
+            seed=number,
+            steps=steps,
+            model=request.model,
+            preview=_beside(path) if request.preview else None,
+            made=True,
+        )
+        for prompt in dict.fromkeys(request.prompts)
+        for number in range(request.seed, request.seed + request.count)
+        for path in [out / f"{_slug(prompt)}-{number}-{steps}steps.png"]
+    ]
 
 
 def _make(
     pictures: Sequence[Picture],
     sampler: Sampler,
-    size: tuple[int, int],
-    steps: int | None,
+    request: PictureRequest,
     facts: Mapping[Picture, dict[str, str]],
 ) -> None:
-    noise = seeded_noise([p.seed for p in pictures], sampler.noise_shape(*size))
-    sample = sampler.sample([p.prompt for p in pictures], noise, steps)
+    noise = seeded_noise([p.seed for p in pictures], sampler.noise_shape(*request.size))
+    sample = sampler.sample([p.prompt for p in pictures], noise, request.steps)
     for picture, image in zip(pictures, sampler.decoder.decode(sample.latents), strict=True):
         _save(to_pil(image), picture.path, facts[picture])
     if pictures[0].preview is not None:
@@ -237,21 +212,21 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _facts(
-    picture: Picture, size: tuple[int, int], weights: str, holding: Holding
-) -> dict[str, str]:
+def _facts(picture: Picture, request: PictureRequest, weights: str) -> dict[str, str]:
+    """What the file says of itself; a picture with other facts is another picture."""
+    (height, width), options = request.size, request.options
     facts = {
         "prompt": picture.prompt,
         "seed": str(picture.seed),
         "steps": str(picture.steps),
         "model": picture.model,
-        "size": f"{size[1]}x{size[0]}",
+        "size": f"{width}x{height}",
         "weights": weights,
     }
-    if holding.memory == "int8":
-        facts["memory"] = holding.memory
-    if holding.tiny_decoder is not None:
-        facts["decoder"] = holding.tiny_decoder
+    if options.memory == "int8":
+        facts["memory"] = options.memory
+    if options.tiny_decoder is not None:
+        facts["decoder"] = options.tiny_decoder
     return facts
 
 

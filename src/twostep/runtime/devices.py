@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from twostep.errors import RecipeError
+from twostep.errors import InputError, RecipeError
 
 # Of the transformers' weights: as they are, in 8 bits, or brought in a layer at a time.
 Memory = Literal["plain", "int8", "offload"]
@@ -33,17 +33,33 @@ class Placement:
         return Placement(device, dtype, memory)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is any.
+def pick_device(name: str, *, option: str = "training.device") -> torch.device:
+    """`auto` is CUDA if there is any, else the CPU.
+
+    Args:
+        option: where the user named it; a message begins with it.
 
     Raises:
-        RecipeError: if CUDA is asked for and there is none.
+        RecipeError, InputError: for a device that torch does not know or have; the latter if
+            `option` is the command line's.
     """
+    wrong = InputError if option.startswith("--") else RecipeError
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("training.device: cuda was asked for, but torch sees no CUDA device")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if device.type not in counts:
+        raise wrong(f"{option}: expected auto, cpu, cuda, cuda:NUMBER or mps, got {name!r}")
+    if (device.index or 0) >= counts[device.type]:
+        raise wrong(f"{option}: {name} was asked for, but torch sees no such device")
+    return device
 
 
 @contextmanager

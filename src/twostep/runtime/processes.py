@@ -23,8 +23,8 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's own GPU where `device` is CUDA."""
-    if device.type != "cuda":
+    """This process's own GPU where `device` is CUDA without a number."""
+    if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from datetime import date
 from pathlib import Path
 
 import torch
+
+
+def stamp() -> dict[str, str]:
+    """`commit`, `machine` and `date`, for a file of figures."""
+    return {"commit": git_commit(), "machine": machine(), "date": date.today().isoformat()}
 
 
 def git_commit() -> str:

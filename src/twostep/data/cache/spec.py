@@ -73,9 +73,12 @@ class CacheSpec:
         if recipe.losses.warmup_step1_target == "trajectory":
             _check_on_grid(schedule, recipe.teacher.steps)
         prompts = load_prompts(
-            data.prompts, data.prompt_count, data.seed,
-            column=data.prompt_column, split=data.prompt_split,
-        )  # fmt: skip
+            data.prompts,
+            data.prompt_count,
+            seed=data.seed,
+            column=data.prompt_column,
+            split=data.prompt_split,
+        )
         if len(prompts) < len(data.sizes):
             raise RecipeError(
                 f"data.other_sizes: {len(data.sizes)} sizes need as many prompts at least, "

@@ -110,11 +110,11 @@ def _chart(
         for name, points in series.items()
     ]
     return Chart(
-        title,
-        lines,
-        [Tick(place_x(x), f"{x:,.0f}") for x in dict.fromkeys((first, last))],
-        [Tick(place_y(y), f"{y:g}".replace("-", "−")) for y in ticks],
-        logarithmic,
+        title=title,
+        lines=lines,
+        x_ticks=[Tick(place_x(x), f"{x:,.0f}") for x in dict.fromkeys((first, last))],
+        y_ticks=[Tick(place_y(y), f"{y:g}".replace("-", "−")) for y in ticks],
+        logarithmic=logarithmic,
     )
 
 

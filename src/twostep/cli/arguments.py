@@ -1,0 +1,107 @@
+"""Options that several commands have, and what their texts stand for."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from twostep.errors import InputError
+
+if TYPE_CHECKING:  # torch is imported by the commands alone
+    import torch
+
+    from twostep.runtime.devices import Memory
+
+RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, e.g. recipes/emoji-demo.yaml")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="key=value, e.g. training.turns=500", show_default=False)
+]
+SizeOption = Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:NUMBER or mps")]
+NewFolderOption = Annotated[Path, typer.Option(help="folder to write; must be empty or not there")]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) from "SIDE" or "WIDTHxHEIGHT".
+
+    Raises:
+        InputError: for anything else, or more than `MAX_PIXELS`.
+    """
+    from twostep.families.family import MAX_PIXELS
+
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if not match:
+        raise InputError(f"size: expected SIDE or WIDTHxHEIGHT in pixels, got {text!r}")
+    width = int(match[1])
+    height = int(match[2] or width)
+    if width * height > MAX_PIXELS:
+        raise InputError(f"size: at most {MAX_PIXELS} pixels, {text!r} has {width * height}")
+    return height, width
+
+
+def parse_model(text: str) -> tuple[str, int | None]:
+    """(model, steps) from "MODEL" or "MODEL@STEPS".
+
+    Raises:
+        InputError: if what follows the last @ is no positive number.
+    """
+    model, at, steps = text.rpartition("@")
+    if not at:
+        return text, None
+    if not steps.isdecimal() or int(steps) < 1:
+        raise InputError(f"model: expected MODEL or MODEL@STEPS, got {text!r}")
+    return model, int(steps)
+
+
+def parse_memory(text: str) -> Memory:
+    """How weights are held.
+
+    Raises:
+        InputError: for a way that is not known.
+    """
+    from twostep.runtime.devices import MODES
+
+    for mode in MODES:
+        if text == mode:
+            return mode
+    raise InputError(f"memory: expected one of {', '.join(MODES)}, got {text!r}")
+
+
+def parse_device(text: str) -> torch.device:
+    """Where to compute; `auto` is CUDA if there is any.
+
+    Raises:
+        InputError: for a device that torch does not have.
+    """
+    from twostep.runtime.devices import pick_device
+
+    return pick_device(text, option="--device")
+
+
+def read_prompts(
+    prompts: Sequence[str], file: str | None = None, *, option: str = "--prompts"
+) -> list[str]:
+    """Prompts given one by one, `-` standing for stdin's lines, then those of `file`.
+
+    Args:
+        option: which names `file`.
+
+    Raises:
+        InputError, PromptError: for an unreadable file, or no prompts at all.
+    """
+    from twostep.data.prompts import load_prompts
+
+    found: list[str] = []
+    for prompt in prompts:
+        lines = [line.strip() for line in sys.stdin] if prompt == "-" else [prompt]
+        found.extend(line for line in lines if line or prompt != "-")
+    if file is not None:
+        found.extend(load_prompts(file, option=option))
+    if not found:
+        raise InputError("prompts: none given; name some, or --prompts FILE, or - for stdin")
+    return found

@@ -1,0 +1,40 @@
+"""What the commands say and show while they work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+_out, _notes = Console(), Console(stderr=True)
+
+
+def say(text: object) -> None:
+    """A line, or a table, for people; numbers and paths stay uncoloured."""
+    _out.print(text, highlight=False)
+
+
+def note(text: str) -> None:
+    """How far the work is, in rich's markup, on stderr."""
+    _notes.print(text, highlight=False)
+
+
+def quiet() -> None:
+    """Our own progress bars suffice: no other library's bar for each file it opens."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr; what it yields advances it by one."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns, hidden = (TextColumn(title), BarColumn(), MofNCompleteColumn()), not _notes.is_terminal
+    with Progress(*columns, console=_notes, transient=True, disable=hidden) as bars:
+        bar = bars.add_task("", total=total)
+        yield lambda: bars.advance(bar)

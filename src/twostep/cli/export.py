@@ -1,0 +1,89 @@
+"""`twostep export`, `assemble` and `average`: student folders in and out."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from twostep.cli.arguments import NewFolderOption, SizeOption, parse_size, read_prompts
+from twostep.cli.console import quiet, say
+
+
+def export(
+    model: Annotated[str, typer.Option(help="a two-step student: a folder, zoo:NAME or a hub id")],
+    to: Annotated[str, typer.Option(help="diffusers, lora, comfyui or torch (torch.export)")],
+    out: NewFolderOption,
+    teacher: Annotated[
+        str | None, typer.Option(help="for lora: the model the files belong to")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="for lora")] = 64,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="for lora: the share of the change to keep, 0 to 1, in place of --rank"),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(help="for lora: a file of prompts to compare the pictures on"),
+    ] = None,
+    size: SizeOption = "64",
+    batch_size: Annotated[int, typer.Option(min=1, help="for torch")] = 1,
+    caption_tokens: Annotated[
+        int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
+    ] = 64,
+) -> None:
+    """Write a student in a format that others read.
+
+    Example: twostep export --model runs/x/student --to comfyui --out exported
+    """
+    from twostep.exports import registry
+
+    quiet()
+    options = registry.ExportOptions(
+        teacher=teacher,
+        rank=rank,
+        energy=energy,
+        check=() if check is None else read_prompts((), check, option="--check"),
+        size=parse_size(size),
+        batch_size=batch_size,
+        caption_tokens=caption_tokens,
+    )
+    for line in registry.export(model, to, out, options):
+        say(line)
+    say(f"written: {out}")
+
+
+def assemble(
+    teacher: Annotated[str, typer.Option(help="gives everything but the transformers")],
+    first: Annotated[str, typer.Option(help="a transformer's folder, or a LoRA file")],
+    second: Annotated[str, typer.Option(help="the same, for the second step")],
+    out: NewFolderOption,
+) -> None:
+    """Make a student folder of two transformers or LoRA files that came from elsewhere.
+
+    Example: twostep assemble --teacher TEACHER --first a.safetensors --second b/ --out student
+    """
+    from twostep.exports import combine
+
+    quiet()
+    combine.assemble(teacher, first, second, out=out)
+    say(f"written: {out}")
+
+
+def average(
+    students: Annotated[
+        list[str], typer.Argument(help="two or more: folders, zoo:NAME or hub ids")
+    ],
+    out: NewFolderOption,
+) -> None:
+    """Make one student of several: the mean of their weights.
+
+    For runs of one teacher from the same weights that differ in seed or settings.
+
+    Example: twostep average runs/a/student runs/b/student --out student
+    """
+    from twostep.exports import combine
+
+    quiet()
+    combine.average(students, out=out)
+    say(f"written: {out}")

@@ -1,0 +1,116 @@
+"""`twostep generate` and `twostep compare`: pictures made of prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twostep.cli.arguments import (
+    DeviceOption,
+    SizeOption,
+    parse_device,
+    parse_memory,
+    parse_model,
+    parse_size,
+    read_prompts,
+)
+from twostep.cli.console import progress_bar, quiet
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="a folder, zoo:NAME or a hub id")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="prompts; - reads them from stdin, a line each")
+    ] = None,
+    prompts_file: Annotated[
+        str | None, typer.Option("--prompts", help="a .txt, .jsonl or .parquet file of prompts")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("runs/pictures"),
+    seed: Annotated[int, typer.Option(min=0, help="seed of the first picture of each prompt")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="a teacher's steps (8); a student has 2")
+    ] = None,
+    size: SizeOption = "64",
+    count: Annotated[int, typer.Option(min=1, help="pictures per prompt, seeds ascending")] = 1,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="also the image that a student's step 1 points to")
+    ] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="also OUT/grid.png, a row for each prompt")
+    ] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="print a line of JSON for each picture")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures at a time")] = 16,
+    memory: Annotated[
+        str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
+    ] = "plain",
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id"),
+    ] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Make pictures with a teacher or a student. Those already there are not made again.
+
+    Example: twostep generate --model zoo:emoji-student "two cats on a red background" --count 4
+
+    From a file, with a sheet: twostep generate --model runs/x/student --prompts all.txt --grid
+    """
+    from twostep.inference import generate as making
+
+    quiet()
+    options = making.SamplerOptions(
+        memory=parse_memory(memory),
+        tiny_decoder=decoder,
+        prompt_cache=prompt_cache,
+        device=parse_device(device),
+    )
+    request = making.PictureRequest(
+        model=model, prompts=read_prompts(prompts or (), prompts_file), seed=seed, steps=steps,
+        size=parse_size(size), count=count, preview=preview, batch_size=batch_size,
+        options=options,
+    )  # fmt: skip
+    pictures = []
+    with progress_bar("pictures", len(dict.fromkeys(request.prompts)) * count) as advance:
+        for picture in making.generate(request, out):
+            pictures.append(picture)
+            print(picture.as_json() if json_lines else picture.path, flush=True)
+            advance()
+    if grid:
+        path = making.save_grid(pictures, out / "grid.png")
+        print(json.dumps({"grid": str(path)}) if json_lines else path)
+
+
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(help="folders, zoo:NAME or hub ids; MODEL@STEPS for other steps")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="may be repeated: a column for each")],
+    out: Annotated[Path, typer.Option(help="the .png file")] = Path("runs/compare.png"),
+    seed: Annotated[int, typer.Option(min=0, help="seed of each prompt's first column")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="columns per prompt, seeds ascending")] = 1,
+    size: SizeOption = "64",
+    preview: Annotated[
+        bool, typer.Option("--preview", help="a row more for what a student's step 1 points to")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Put models side by side: the same prompts from the same noise, a row for each model.
+
+    Example: twostep compare zoo:emoji-teacher@2 zoo:emoji-student --prompt "a dog" --count 8
+    """
+    from twostep.inference import compare as comparing
+
+    quiet()
+    path = comparing.compare(
+        [parse_model(model) for model in models], prompt, out, seed=seed, count=count,
+        size=parse_size(size), preview=preview, device=parse_device(device),
+    )  # fmt: skip
+    print(path)

@@ -1,0 +1,95 @@
+"""`twostep teach`, `distill` and `plan`: what is made of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from twostep.cli.arguments import OverridesArgument, RecipeArgument
+from twostep.cli.console import quiet, say
+
+
+def teach(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="rebuild corrupt, truncated or foreign shards")
+    ] = False,
+) -> None:
+    """Cache the teacher's samples. Goes on where an interrupted build stopped.
+
+    Example: twostep teach recipes/emoji-demo.yaml data.prompt_count=512
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
+    """
+    from twostep.data.cache import build
+    from twostep.recipe.schema import Recipe
+
+    quiet()
+    build.open_cache(Recipe.load(recipe, overrides or ()), repair=repair)
+
+
+def distill(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe")] = False,
+    ray: Annotated[
+        int | None, typer.Option(min=1, help="run on this many workers of a Ray cluster")
+    ] = None,
+) -> None:
+    """Distil the teacher into two steps. Run it again to resume; builds the cache if need be.
+
+    Example: twostep distill recipes/emoji-demo.yaml training.turns=500
+    """
+    from twostep.recipe.schema import Recipe
+
+    resolved = Recipe.load(recipe, overrides or ())
+    if dry_run:
+        print(resolved.to_yaml(), end="")
+        return
+    quiet()
+    if ray is not None:
+        from twostep.distill import on_ray
+
+        folder = on_ray.distill_on_ray(resolved, ray)
+    else:
+        from twostep.data.cache import build
+        from twostep.distill import trainer
+
+        folder = trainer.Trainer(resolved, build.open_cache(resolved)).train()
+    say(f"student: {folder}")
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpus: Annotated[int, typer.Option(min=1, help="processes, one a GPU")] = 1,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB of each")] = 80.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of a caption")] = 128,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="achieved rate of each, for the time")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Work out memory, disk and time of a recipe. Loads no weights; needs none.
+
+    Example: twostep plan recipes/z-image-turbo-lora.yaml --gpus 1 --memory 80 --tflops 400
+    """
+    from twostep.planning import tables, training
+    from twostep.recipe.schema import Recipe
+
+    quiet()
+    resolved = Recipe.load(recipe, overrides or ())
+    found = training.plan(
+        resolved,
+        processes=gpus,
+        memory_gib=memory,
+        prompt_tokens=prompt_tokens,
+        tflops=tflops,
+    )
+    if as_json:
+        print(found.as_json())
+        return
+    for part in tables.tables(found):
+        say(part)
