@@ -616,7 +616,8 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     captioned = trainer_of(make_recipe("captioned", data={"reals": str(folder)}))
     batch = captioned.batches.read(3, "student")
     (external,) = captioned.batches.reals.values()
-    latents, embeds = external.draw(3, 4)
+    latents, embeds = external.draw(3, 4, seed=0)
+    assert not torch.equal(latents, external.draw(3, 4, seed=1)[0])
     assert torch.equal(batch.reals, latents)
     assert embeds is not None
     assert batch.real_prompts.lengths.tolist() == [len(e) for e in embeds]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from twostep.data.cache.build import open_cache
 from twostep.distill import checkpoint
 from twostep.distill.trainer import Trainer
 from twostep.recipe.schema import Recipe
@@ -28,4 +29,5 @@ def save_then_die(tensors: Mapping[str, Tensor], folder: Path, name: str, world:
 
 
 checkpoint.save_tensors = save_then_die  # type: ignore[assignment]
-Trainer(Recipe.load(Path(sys.argv[1]))).train()
+recipe = Recipe.load(Path(sys.argv[1]))
+Trainer(recipe, open_cache(recipe)).train()

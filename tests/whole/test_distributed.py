@@ -28,9 +28,10 @@ from twostep.distill.sharding import Sharder
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
+from twostep.method.schedule import Schedule
 from twostep.models.compiling import compile_blocks
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import Recipe, Training
 from twostep.runtime.distributed import World, gathered
 
 Make = Callable[..., Recipe]
@@ -202,7 +203,7 @@ def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
         like = torch.zeros(count, 2, 3)
         return [
             draws.normal_like(like),
-            draws.sigma(count, 3.0, (0.1, 0.9)),
+            draws.sigma(count, Schedule.of(3.0), (0.1, 0.9)),
             torch.tensor(draws.integers(count, 100)),
             draws.normal_like(like),
         ]
@@ -223,7 +224,8 @@ def test_every_row_belongs_to_one_process(
         found.rank, found.size = number, size
         return found
 
-    rows = [r for n in range(size) for part in world(n).rows(12, 2) for r in range(12)[part]]
+    settings = Training(batch_size=12, micro_batch=2)
+    rows = [r for n in range(size) for part in rows_of(settings, world(n)) for r in range(12)[part]]
     assert rows == list(range(12))
     shares = [i for n in range(size) for i in world(n).share(7)]
     assert shares[:7] == list(range(7))
@@ -234,6 +236,6 @@ def test_batches_that_cannot_be_divided_are_named(make_recipe: Make) -> None:
     world = World(CPU)
     world.size = 3
     with pytest.raises(RecipeError, match="batch_size: 4 cannot be divided among 3 processes"):
-        rows_of(make_recipe(), world)
+        rows_of(make_recipe().training, world)
     with pytest.raises(RecipeError, match="micro_batch: 3 does not divide the 4 samples"):
-        rows_of(make_recipe(training={"micro_batch": 3}), World(CPU))
+        rows_of(make_recipe(training={"micro_batch": 3}).training, World(CPU))

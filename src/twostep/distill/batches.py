@@ -12,7 +12,7 @@ from twostep.distill.objectives.batch import Batch
 from twostep.distill.order import Order
 from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
-from twostep.recipe.schema import Recipe
+from twostep.recipe.schema import Recipe, Training
 from twostep.runtime.distributed import World
 
 
@@ -36,13 +36,12 @@ def divide_batch(batch_size: int, *, processes: int, micro_batch: int | None) ->
     return own, size
 
 
-def rows_of(recipe: Recipe, world: World) -> list[slice]:
+def rows_of(settings: Training, world: World) -> list[slice]:
     """This process's rows of a batch, as equal micro-batches.
 
     Raises:
         RecipeError: if the batch cannot be divided so.
     """
-    settings = recipe.training
     own, size = divide_batch(
         settings.batch_size, processes=world.size, micro_batch=settings.micro_batch
     )

@@ -57,7 +57,7 @@ class Trainer:
         self.recipe, self.cache = recipe, cache
         self.device = local_device(pick_device(recipe.training.device))
         self.world = World(self.device)
-        rows = rows_of(recipe, self.world)
+        rows = rows_of(recipe.training, self.world)
         self.folder = RunFolder(recipe.run_folder)
         self.folder.check_same_recipe(recipe)
         self.schedule, teacher = cache.spec.schedule, cache.spec.teacher
