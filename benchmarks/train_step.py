@@ -1,6 +1,6 @@
 """Time, achieved rate and peak memory of the student's and the critic's turn, on random weights.
 
-python benchmarks/train_step.py recipes/z-image-turbo-lora.yaml --device cuda
+python benchmarks/train_step.py zoo:z-image-turbo-lora --device cuda
 python benchmarks/train_step.py src/twostep/zoo/emoji-demo.yaml --out runs/benchmarks/train.json
 
 Weights are drawn at random in the shape of the recipe's teacher, so that nothing is downloaded;

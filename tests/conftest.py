@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import Qwen3Config, Qwen3Model
 
 from tiny import TEXT_WIDTH, random_transformer
-from twostep.models.locate import ZOO
 from twostep.recipe.schema import Recipe
+from twostep.zoo import ZOO
 
 # Small networks lose time to a second thread, and pytest-xdist runs one worker per core.
 torch.set_num_threads(1)

@@ -31,7 +31,7 @@ from twostep.emoji.scenes import (
     is_held_out,
     sample_training_scene,
 )
-from twostep.models.locate import ZOO
+from twostep.zoo import ZOO
 
 NAMES = [o.name for o in OBJECTS]
 APPLE, BUS, FISH = NAMES.index("apple"), NAMES.index("bus"), NAMES.index("fish")

@@ -24,8 +24,8 @@ from twostep.inference.pipeline import STANDALONE, TwoStepPipeline
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule
-from twostep.models.locate import ZOO
 from twostep.models.student import save_student
+from twostep.zoo import ZOO
 
 NOISE = seeded_noise([3], (8, 8, 8))
 

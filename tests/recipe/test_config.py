@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typer.testing import CliRunner
 
-from twostep.errors import RecipeError
-from twostep.models.locate import ZOO
+from twostep.cli import app
+from twostep.errors import InputError, RecipeError
 from twostep.recipe.rules import MAY_CHANGE, differences
 from twostep.recipe.schema import Recipe
+from twostep.zoo import recipes
 
 MINIMAL = {"name": "x", "teacher": {"model": "zoo:emoji-teacher"}}
 
@@ -51,7 +53,7 @@ def test_resolved_recipe_reads_back_as_itself(recipe_file: Path, tmp_path: Path)
     assert Recipe.load(again) == recipe
 
 
-@pytest.mark.parametrize("path", sorted(ZOO.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", list(recipes().values()), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     assert Recipe.load(path).name == path.stem
 
@@ -160,3 +162,23 @@ def test_keys_of_earlier_versions_say_what_to_write_now(
 ) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
         make_recipe(**sections)
+
+
+def test_recipes_of_the_package_are_named_like_models(tmp_path: Path) -> None:
+    recipe = Recipe.load("zoo:emoji-demo", ["training.turns=7", "losses.warmup_turns=1"])
+    assert (recipe.name, recipe.training.turns) == ("emoji-demo", 7)
+    with pytest.raises(RecipeError, match="no recipe 'zoo:none' in the package"):
+        Recipe.load("zoo:none")
+
+
+def test_a_recipe_is_copied_once(tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    arguments = ["recipes", "--copy", "zoo:emoji-demo", "--to", str(target)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert Recipe.load(target) == Recipe.load("zoo:emoji-demo")
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, InputError)
+    assert "is there already" in str(again.exception)
+    listed = CliRunner().invoke(app, ["recipes"]).output
+    assert [line.split(":")[1] for line in listed.splitlines()] == sorted(recipes())

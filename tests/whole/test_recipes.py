@@ -10,8 +10,9 @@ from twostep.data.cache.build import open_cache
 from twostep.distill.trainer import Trainer
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.recipe.schema import Recipe
+from twostep.zoo import recipes
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = list(recipes().values())
 Z_IMAGE = [path for path in RECIPES if path.name.startswith("z-image")]
 
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from twostep.cli import demo, evaluate, export, pictures, schema, train
+from twostep.cli import demo, evaluate, export, pictures, recipes, schema, train
 from twostep.errors import UserError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for command in (
     evaluate.evaluate,
     export.export, export.assemble, export.average,
     demo.demo,
+    recipes.recipes,
     schema.schema,
 ):  # fmt: skip
     app.command()(command)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # torch is imported by the commands alone
 
     from twostep.runtime.devices import Memory
 
-RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, e.g. recipes/emoji-demo.yaml")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="a YAML file, or zoo:NAME for one of `twostep recipes`")
+]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="key=value, e.g. training.turns=500", show_default=False)
 ]

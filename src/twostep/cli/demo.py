@@ -36,13 +36,12 @@ def demo(
     from twostep.distill.trainer import Trainer
     from twostep.evaluation import entries, evaluate
     from twostep.evaluation.prompts import PromptSet
-    from twostep.models.locate import ZOO
     from twostep.recipe.schema import Recipe
 
     quiet()
     started = time.monotonic()
     overrides = [f"output={out.parent}", f"name={out.name}", f"data.cache={out}/cache"]
-    recipe = Recipe.load(ZOO / "emoji-demo.yaml", overrides)
+    recipe = Recipe.load("zoo:emoji-demo", overrides)
     run = RunFolder(out)
     if run.report.exists():  # a finished demo starts anew; an interrupted one goes on
         run.clear()
@@ -52,9 +51,7 @@ def demo(
     training_minutes = _minutes_left(
         minutes, spent=seconds, seconds_per_sample=seconds / len(cache), images=images
     )
-    recipe = Recipe.load(
-        ZOO / "emoji-demo.yaml", [*overrides, f"training.minutes={training_minutes:.2f}"]
-    )
+    recipe = Recipe.load("zoo:emoji-demo", [*overrides, f"training.minutes={training_minutes:.2f}"])
     note(f"[bold]2/3[/] distilling for {training_minutes:.1f} minutes")
     trainer = Trainer(recipe, cache)
     student = trainer.train()

@@ -19,7 +19,7 @@ def teach(
 ) -> None:
     """Cache the teacher's samples. Goes on where an interrupted build stopped.
 
-    Example: twostep teach recipes/emoji-demo.yaml data.prompt_count=512
+    Example: twostep teach zoo:emoji-demo data.prompt_count=512
 
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
     """
@@ -40,7 +40,7 @@ def distill(
 ) -> None:
     """Distil the teacher into two steps. Run it again to resume; builds the cache if need be.
 
-    Example: twostep distill recipes/emoji-demo.yaml training.turns=500
+    Example: twostep distill zoo:emoji-demo training.turns=500
     """
     from twostep.recipe.schema import Recipe
 
@@ -74,7 +74,7 @@ def plan(
 ) -> None:
     """Work out memory, disk and time of a recipe. Loads no weights; needs none.
 
-    Example: twostep plan recipes/z-image-turbo-lora.yaml --gpus 1 --memory 80 --tflops 400
+    Example: twostep plan zoo:z-image-turbo-lora --gpus 1 --memory 80 --tflops 400
     """
     from twostep.planning import tables, training
     from twostep.recipe.schema import Recipe

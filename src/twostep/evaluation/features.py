@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate
 
 from twostep.emoji.inspector import FEATURES, Inspector
 from twostep.errors import UserError, missing_extra
-from twostep.models.locate import ZOO
 from twostep.runtime.images import to_bytes
+from twostep.zoo import ZOO
 
 # Through torch-fidelity, which fetches the weights. The first is what "FID" is measured with.
 _FIDELITY = {

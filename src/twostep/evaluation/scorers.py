@@ -18,8 +18,8 @@ from twostep.emoji.scenes import CATEGORIES
 from twostep.errors import UserError, missing_extra
 from twostep.evaluation.external_scorer import ExternalScore
 from twostep.evaluation.prompts import PromptSet
-from twostep.models.locate import ZOO
 from twostep.runtime.images import to_bytes
+from twostep.zoo import ZOO
 
 # (images (N, 3, H, W) in -1..1, their prompts) -> scores (N,) by name
 Scorer = Callable[[Tensor, PromptSet], dict[str, Tensor]]

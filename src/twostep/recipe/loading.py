@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from twostep.errors import RecipeError
 from twostep.recipe.schema import Recipe
+from twostep.zoo import recipe_path
 
 # Keys of earlier versions: what to write now, by the value that was given; "" for any other.
 RENAMED: dict[str, dict[str, str]] = {
@@ -26,12 +27,16 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a YAML recipe; `overrides` are `key.path=value`, the value parsed as YAML.
+def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a YAML recipe, a file or `zoo:NAME`.
+
+    Args:
+        overrides: `key.path=value`, the value parsed as YAML.
 
     Raises:
         RecipeError: unreadable file, unknown key, or a value out of range.
     """
+    path = recipe_path(name)
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}")
     try:

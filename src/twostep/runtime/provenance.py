@@ -16,20 +16,29 @@ def stamp() -> dict[str, str]:
     return {"commit": git_commit(), "machine": machine(), "date": date.today().isoformat()}
 
 
-def git_commit() -> str:
-    """Commit of the source tree this package runs from, "+" if it was changed; or "unknown"."""
-    here = Path(__file__).parent
+def git_commit(source: Path = Path(__file__)) -> str:
+    """Commit of the source tree this package runs from, "+" if it was changed; or "unknown".
+
+    Args:
+        source: a file of the tree. A repository that does not track it, such as the one around a
+            virtual environment that this package is installed in, has another's commits.
+    """
 
     def git(*arguments: str) -> str:
         result = subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True
+            ["git", *arguments],
+            cwd=source.parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
         return result.stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain") else ""
-        )
+        git("ls-files", "--error-unmatch", source.name)
+        changed = "+" if git("status", "--porcelain") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
