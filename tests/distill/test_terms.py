@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from twostep.distill.objectives.terms import TERMS
+from twostep.distill.progress import _SHOWN
+from twostep.recipe.schema import StepLosses
+
+
+def test_every_weight_of_a_recipe_has_its_term() -> None:
+    assert {term.name for term in TERMS} == set(StepLosses.model_fields) - {"weight"}
+
+
+def test_the_progress_bar_calls_a_term_by_its_short_name() -> None:
+    shown = {term.name: term.short for term in TERMS if term.short}
+    assert {f"final/{name}": short for name, short in shown.items()}.items() <= _SHOWN.items()
