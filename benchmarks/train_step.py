@@ -1,7 +1,7 @@
 """Time, achieved rate and peak memory of the student's and the critic's turn, on random weights.
 
-python benchmarks/train_step.py recipes/z-image-turbo-lora.yaml --device cuda
-python benchmarks/train_step.py src/twostep/zoo/emoji-demo.yaml --out runs/benchmarks/train.json
+python benchmarks/train_step.py zoo:z-image-turbo-lora --device cuda
+python benchmarks/train_step.py zoo:emoji-demo --out runs/benchmarks/train.json
 
 Weights are drawn at random in the shape of the recipe's teacher, so that nothing is downloaded;
 prompts and latents are random too. Operations are those that `twostep plan` counts; the rate is
@@ -141,7 +141,7 @@ def shared_forwards(roles: Roles, batch: Batch, repeats: int, autocast: bool) ->
 
 
 def main(
-    recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE")],
+    recipe_path: Annotated[str, typer.Argument(metavar="RECIPE")],
     overrides: Annotated[list[str] | None, typer.Argument()] = None,
     device: Annotated[str, typer.Option()] = "auto",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,

@@ -2,7 +2,7 @@
 # The shipped student: the mean of four students, begun at the same weights and distilled with
 # different scores and critics. About 80 minutes on two cores (docs/results.md).
 set -e
-run="twostep distill recipes/emoji-student.yaml"
+run="twostep distill zoo:emoji-student"
 # A score that begins at the undistilled base and is guided a little.
 base="score.model=zoo:emoji-base score.fit_turns=1800 score.learning_rate=4e-4 score.caption_dropout=0.1"
 # A critic that sees details: no noise levels above 0.5.

@@ -7,9 +7,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from twostep.errors import RecipeError
-from twostep.models.locate import ZOO
 from twostep.recipe.rules import MAY_CHANGE, differences
 from twostep.recipe.schema import Recipe
+from twostep.zoo import recipe_names
 
 MINIMAL = {"name": "x", "teacher": {"model": "zoo:emoji-teacher"}}
 
@@ -48,9 +48,17 @@ def test_resolved_recipe_reads_back_as_itself(recipe_file: Path, tmp_path: Path)
     assert Recipe.load(again) == recipe
 
 
-@pytest.mark.parametrize("path", sorted(ZOO.glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_recipes_are_valid(path: Path) -> None:
-    assert Recipe.load(path).name == path.stem
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_known_by_name(name: str) -> None:
+    assert Recipe.load(f"zoo:{name}").name == name
+    assert Recipe.load(Path(f"zoo:{name}")).name == name
+
+
+def test_an_unknown_name_lists_the_recipes() -> None:
+    with pytest.raises(
+        RecipeError, match=r"'zoo:none' in the package; there are: zoo:emoji-demo, "
+    ):
+        Recipe.load("zoo:none")
 
 
 @pytest.mark.parametrize(

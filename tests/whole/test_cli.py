@@ -13,6 +13,7 @@ from twostep.cli import app, main
 from twostep.recipe.schema import (
     Recipe,
 )
+from twostep.zoo import recipe_names
 
 runner = CliRunner()
 
@@ -35,6 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         "assemble",
         "average",
         "demo",
+        "recipes",
     ],
 )
 def test_help_has_an_example(command: str) -> None:
@@ -59,6 +61,13 @@ def test_dry_run_prints_the_resolved_recipe(
     ("arguments", "message"),
     [
         (["distill", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["distill", "zoo:none"], "no recipe 'zoo:none' in the package; there are: zoo:emoji-demo"),
+        (["recipes", "--copy", "none"], "no recipe 'zoo:none' in the package"),
+        (["recipes", "--to", "mine.yaml"], "to: goes with --copy NAME"),
+        (
+            ["recipes", "--copy", "zoo:emoji-demo", "--to", __file__],
+            f"to: {__file__} exists, expected the path of a new file",
+        ),
         (["generate", "a dog", "--model", "zoo:none"], "no model 'zoo:none' in the package"),
         (["generate", "a dog", "--model", "./none"], "no model folder at './none'"),
         (
@@ -88,3 +97,16 @@ def test_a_mistake_in_a_recipe_names_the_key(tmp_path: Path) -> None:
     result = run("distill", str(path))
     assert result.returncode == 2
     assert result.stderr.strip() == "twostep: teacher.step: unknown key; did you mean 'steps'?"
+
+
+def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
+    listed = runner.invoke(app, ["recipes"], env={"COLUMNS": "200"})
+    assert [line.split()[0] for line in listed.output.splitlines()] == [
+        f"zoo:{name}" for name in recipe_names()
+    ]
+    assert "The quarter-hour demo: the embedded teacher, 8 steps to 2, on a CPU" in listed.output
+    copy = tmp_path / "mine.yaml"
+    copied = runner.invoke(app, ["recipes", "--copy", "emoji-demo", "--to", str(copy)])
+    assert (copied.exit_code, copied.stdout.strip()) == (0, str(copy))
+    assert Recipe.load(copy) == Recipe.load("zoo:emoji-demo")
+    assert "$schema" not in copy.read_text(encoding="utf-8")

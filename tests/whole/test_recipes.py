@@ -12,8 +12,9 @@ from twostep.inference.pipeline import TwoStepPipeline
 from twostep.recipe.schema import (
     Recipe,
 )
+from twostep.zoo import recipe_names, recipe_path
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = [recipe_path(f"zoo:{name}") for name in recipe_names()]
 Z_IMAGE = [path for path in RECIPES if path.name.startswith("z-image")]
 
 

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from twostep.cli import schema as schema_command
+from twostep.cli.recipes import recipes
 from twostep.errors import UserError
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
 app.callback()(schema_command.version)
 _out = Console()
 
-RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, e.g. recipes/emoji-demo.yaml")]
+RecipeArgument = Annotated[str, typer.Argument(help="a YAML file, or zoo:NAME: twostep recipes")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="key=value, e.g. training.turns=500", show_default=False)
 ]
@@ -45,7 +46,7 @@ def teach(
 ) -> None:
     """Cache the teacher's samples. Goes on where an interrupted build stopped.
 
-    Example: twostep teach recipes/emoji-demo.yaml data.prompt_count=512
+    Example: twostep teach zoo:emoji-demo data.prompt_count=512
 
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
     """
@@ -69,7 +70,7 @@ def distill(
 ) -> None:
     """Distil the teacher into two steps. Run it again to resume; builds the cache if need be.
 
-    Example: twostep distill recipes/emoji-demo.yaml training.turns=500
+    Example: twostep distill zoo:emoji-demo training.turns=500
     """
     from twostep.recipe.schema import (
         Recipe,
@@ -106,7 +107,7 @@ def plan(
 ) -> None:
     """Work out memory, disk and time of a recipe. Loads no weights; needs none.
 
-    Example: twostep plan recipes/z-image-turbo-lora.yaml --gpus 1 --memory 80 --tflops 400
+    Example: twostep plan zoo:z-image-turbo-lora --gpus 1 --memory 80 --tflops 400
     """
     from twostep.planning.tables import tables
     from twostep.planning.training import plan as run
@@ -379,6 +380,7 @@ def demo(
 
 
 app.command()(schema_command.schema)
+app.command()(recipes)
 
 
 @contextmanager

@@ -12,12 +12,11 @@ from twostep.distill.run_folder import RunFolder
 from twostep.distill.trainer import Trainer
 from twostep.evaluation.evaluate import Settings, contenders, evaluate
 from twostep.evaluation.prompts import PromptSet
-from twostep.models.locate import ZOO
 from twostep.recipe.schema import (
     Recipe,
 )
 
-RECIPE = ZOO / "emoji-demo.yaml"
+RECIPE = "zoo:emoji-demo"
 SHIPPED = "zoo:emoji-student"
 # Generating and judging the evaluation's sets, in units of one cached teacher sample.
 _SAMPLES_PER_EVALUATED_IMAGE = 4.5

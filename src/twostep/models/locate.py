@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from twostep.errors import ModelError
+from twostep.zoo import ZOO
 
-ZOO = Path(__file__).parents[1] / "zoo"
 # Pickled weights are never fetched, let alone opened.
 WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
 CONFIGURATIONS = ("*.json",)

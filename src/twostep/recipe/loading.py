@@ -13,14 +13,16 @@ from pydantic import BaseModel, ValidationError
 
 from twostep.errors import RecipeError
 from twostep.recipe.schema import Recipe
+from twostep.zoo import recipe_path
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a YAML recipe; `overrides` are `key.path=value`, the value parsed as YAML.
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a YAML file or `zoo:NAME`; `overrides` are `key.path=value`, the value parsed as YAML.
 
     Raises:
         RecipeError: unreadable file, unknown key, or a value out of range.
     """
+    path = recipe_path(path)
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}")
     try:

@@ -374,7 +374,7 @@ class Recipe(_Section):
         return any(s.adversarial * s.weight > 0 for s in (self.losses.final, self.losses.step1))
 
     @staticmethod
-    def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         """See `twostep.recipe.loading.load`."""
         from twostep.recipe import loading
 
