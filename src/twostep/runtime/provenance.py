@@ -11,7 +11,10 @@ import torch
 
 
 def git_commit() -> str:
-    """Commit of the source tree this package runs from, "+" if it was changed; or "unknown"."""
+    """Commit of the source tree this package runs from, "+" if it was changed; or "unknown".
+
+    A package that was installed below another project's repository is not of that project's commit.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -21,6 +24,7 @@ def git_commit() -> str:
         return result.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "--short=12", "HEAD") + (
             "+" if git("status", "--porcelain") else ""
         )
