@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from twostep.errors import ModelError
-from twostep.zoo import ZOO
+from twostep.zoo import ZOO as ZOO
+from twostep.zoo import zoo_folder
 
 # Pickled weights are never fetched, let alone opened.
 WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
@@ -38,13 +39,7 @@ def locate(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
         ModelError: if there is no such folder.
     """
     if name.startswith("zoo:"):
-        folder = ZOO / name.removeprefix("zoo:")
-        if not folder.is_dir():
-            known = ", ".join(
-                f"zoo:{p.parent.name}" for p in sorted(ZOO.glob("*/model_index.json"))
-            )
-            raise ModelError(f"no model {name!r} in the package; there are: {known}")
-        return folder
+        return zoo_folder(name)
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
