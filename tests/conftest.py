@@ -53,7 +53,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     vae.save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    shutil.copytree(ZOO / "emoji-teacher" / "tokenizer", folder / "tokenizer")
+    shutil.copytree(ZOO / "emoji-parts" / "tokenizer", folder / "tokenizer")
     index = json.loads((ZOO / "emoji-teacher" / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

@@ -32,7 +32,7 @@ ROOMS = (
     "planning", "cli",
 )  # fmt: skip
 BESIDE = {
-    "recipes": "a link to the shipped recipes, and how the embedded models were made",
+    "recipes": "how the embedded models were made (recipes: `twostep recipes`)",
     "examples": "the whole method on 2-D points, in one file",
     "studies": "which part of the method does the work: rows, runner, tables",
     "benchmarks": "speed and memory, measured",

@@ -25,7 +25,7 @@ from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule
 from twostep.models.student import save_student
-from twostep.zoo import ZOO
+from twostep.zoo import ZOO, zoo_folder
 
 NOISE = seeded_noise([3], (8, 8, 8))
 
@@ -216,7 +216,7 @@ def test_lora_card_names_a_folder_that_diffusers_can_open(tmp_path: Path) -> Non
         ExportOptions(teacher="zoo:emoji-teacher", rank=1),
     )
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f'from_pretrained("{ZOO / "emoji-teacher"}")' in card
+    assert f'from_pretrained("{zoo_folder("emoji-teacher")}")' in card
 
 
 def test_lora_files_are_assembled_into_a_student_again(

@@ -1,4 +1,4 @@
-"""`twostep recipes`: the recipes of the package, listed and copied."""
+"""`twostep recipes`."""
 
 from __future__ import annotations
 
@@ -6,45 +6,31 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-# The schema's place is relative to the package's own file; a copy has `twostep schema` instead.
-_SCHEMA = "# yaml-language-server: "
+from twostep import zoo
+from twostep.errors import InputError
 
 
 def recipes(
     copy: Annotated[
-        str | None, typer.Option(metavar="NAME", help="write this recipe out, to be changed")
+        str | None, typer.Option("--copy", metavar="NAME", help="write this one to a file")
     ] = None,
-    to: Annotated[
-        Path | None, typer.Option(help="the file; NAME.yaml in this folder if not given")
-    ] = None,
+    to: Annotated[Path | None, typer.Option(help="the new file, with --copy")] = None,
 ) -> None:
-    """List the recipes of the package, or copy one.
+    """List the recipes of the package, or copy one to change it.
 
-    Example: twostep recipes --copy zoo:z-image-turbo-lora --to mine.yaml
+    Example: twostep recipes --copy zoo:emoji-demo --to my-recipe.yaml
     """
-    from twostep import zoo
-    from twostep.errors import InputError
-    from twostep.runtime.files import write_text
-
-    if copy is None:
-        for name, path in zoo.recipes().items():
-            print(f"{zoo.PREFIX}{name}: {_purpose(path)}")
+    if copy is not None:
+        to = to or Path(f"{copy.removeprefix('zoo:')}.yaml")
+        zoo.copy_recipe(copy, to)
+        print(to)
         return
-    source = zoo.recipe_path(zoo.PREFIX + copy.removeprefix(zoo.PREFIX))
-    target = to or Path(source.name)
-    if target.exists():
-        raise InputError(f"--to: {target} is there already")
-    if not target.parent.is_dir():
-        raise InputError(f"--to: no folder {target.parent}")
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-    write_text(target, "".join(line for line in lines if not line.startswith(_SCHEMA)))
-    print(target)
-
-
-def _purpose(path: Path) -> str:
-    """The first comment that is meant for people."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and not line.startswith(_SCHEMA):
-            return line.lstrip("# ")
-    return ""
+    if to is not None:
+        raise InputError("to: goes with --copy NAME")
+    table = Table.grid(padding=(0, 2))
+    for name in zoo.recipe_names():
+        table.add_row(f"zoo:{name}", zoo.recipe_purpose(name))
+    Console().print(table, highlight=False)

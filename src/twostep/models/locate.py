@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from twostep.errors import ModelError
-from twostep.zoo import PREFIX, model_folder
+from twostep.zoo import zoo_folder
 
 # Pickled weights are never fetched, let alone opened.
 WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
@@ -37,8 +37,8 @@ def locate(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
     Raises:
         ModelError: if there is no such folder.
     """
-    if name.startswith(PREFIX):
-        return model_folder(name)
+    if name.startswith("zoo:"):
+        return zoo_folder(name)
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
