@@ -31,7 +31,7 @@ from twostep.runtime.images import to_bytes
 
 GOLDEN = Path(__file__).with_name("golden.json")
 MODE = os.environ.get("TWOSTEP_GOLDEN", "close")
-RELATIVE, ABSOLUTE = 5e-3, 1e-5
+RELATIVE, ABSOLUTE = 3e-2, 5e-3
 # A block of a picture may differ by this many of its 255 steps.
 BLOCK_STEPS = 0.5
 PROMPT = "two cats on a red background"

@@ -25,7 +25,7 @@ def recipes(
     """
     if copy is not None:
         to = to or Path(f"{copy.removeprefix('zoo:')}.yaml")
-        zoo.copy_recipe(copy, to)
+        zoo.copy_recipe(copy, to=to)
         print(to)
         return
     if to is not None:

@@ -26,6 +26,8 @@ _OPERATIONS = flop_registry | {
 }
 # Operations that a fake tensor meets for the first time between two collections.
 _COLLECT_EVERY = 20
+# Growth of what is alive that is worth a collection.
+_NEW_PEAK = 1.02
 
 
 class LiveBytes(TorchDispatchMode):
@@ -37,6 +39,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.operations = 0
+        self._collected_at = 0.0
         self._met = FakeTensorMode.cache_misses
         self._known: dict[int, weakref.ref[Any]] = {}
 
@@ -69,6 +72,10 @@ class LiveBytes(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
+        if self.now > _NEW_PEAK * self._collected_at:
+            # What only a cycle still holds is no peak, whoever ran in this process before.
+            gc.collect()
+            self._collected_at = self.now
         self.peak = max(self.peak, self.now)
 
 

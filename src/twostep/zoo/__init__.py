@@ -163,7 +163,7 @@ def recipe_purpose(name: str) -> str:
     return " ".join(words).split(". ")[0].removesuffix(".")
 
 
-def copy_recipe(name: str, to: Path) -> None:
+def copy_recipe(name: str, *, to: Path) -> None:
     """Writes a recipe of the package to a new file `to`.
 
     Raises:
