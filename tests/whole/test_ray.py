@@ -14,6 +14,7 @@ from runs import assert_same_run
 from twostep.data.cache.build import open_cache
 from twostep.distill import on_ray
 from twostep.distill.trainer import Trainer
+from twostep.errors import MissingExtraError
 from twostep.recipe.schema import Recipe
 
 
@@ -39,5 +40,5 @@ def test_without_ray_the_extra_is_named(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(on_ray.RayError, match=r"twostep\[ray\]"):
+    with pytest.raises(MissingExtraError, match=r"--ray needs this package's extra \"ray\""):
         on_ray.distill_on_ray(make_recipe(), 2)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 from rich.console import Console
 
 _out, _notes = Console(), Console(stderr=True)
@@ -27,14 +24,3 @@ def quiet() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr; what it yields advances it by one."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns, hidden = (TextColumn(title), BarColumn(), MofNCompleteColumn()), not _notes.is_terminal
-    with Progress(*columns, console=_notes, transient=True, disable=hidden) as bars:
-        bar = bars.add_task("", total=total)
-        yield lambda: bars.advance(bar)

@@ -17,7 +17,7 @@ from twostep.cli.arguments import (
     parse_size,
     read_prompts,
 )
-from twostep.cli.console import progress_bar, quiet
+from twostep.cli.console import quiet
 
 
 def generate(
@@ -64,6 +64,7 @@ def generate(
     From a file, with a sheet: twostep generate --model runs/x/student --prompts all.txt --grid
     """
     from twostep.inference import generate as making
+    from twostep.runtime.progress import progress_bar
 
     quiet()
     options = making.SamplerOptions(
@@ -82,7 +83,7 @@ def generate(
         for picture in making.generate(request, out):
             pictures.append(picture)
             print(picture.as_json() if json_lines else picture.path, flush=True)
-            advance()
+            advance(1)
     if grid:
         path = making.save_grid(pictures, out / "grid.png")
         print(json.dumps({"grid": str(path)}) if json_lines else path)

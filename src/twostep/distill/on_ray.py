@@ -12,12 +12,12 @@ from twostep.data.cache.build import open_cache
 from twostep.data.cache.spec import CacheSpec
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.trainer import Trainer
-from twostep.errors import UserError
+from twostep.errors import UserError, missing_extra
 from twostep.recipe.schema import Recipe
 
 
 class RayError(UserError, RuntimeError):
-    """Ray is not there, or its run failed."""
+    """A run on Ray failed."""
 
 
 def distill_on_ray(recipe: Recipe, workers: int) -> Path:
@@ -29,7 +29,8 @@ def distill_on_ray(recipe: Recipe, workers: int) -> Path:
 
     Raises:
         RecipeError, ModelError, PromptError: for what the recipe names wrongly.
-        RayError: without `pip install "twostep[ray]"`, or when the run failed.
+        MissingExtraError: without this package's extra `ray`.
+        RayError: when the run failed.
     """
     CacheSpec.of(recipe)  # what the recipe names wrongly is told here, not by a worker
     # Ray would build an environment of its own for each worker when it is itself run by uv.
@@ -39,7 +40,7 @@ def distill_on_ray(recipe: Recipe, workers: int) -> Path:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError as error:
-        raise RayError(f'--ray needs an extra: pip install "twostep[ray]" ({error})') from error
+        raise missing_extra("ray", error, option="--ray") from error
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=True)
     gpus = recipe.training.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0

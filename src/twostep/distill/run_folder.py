@@ -15,7 +15,7 @@ from twostep.errors import RecipeError
 from twostep.recipe.rules import differences
 from twostep.recipe.schema import Recipe
 from twostep.runtime.files import write_json, write_text
-from twostep.runtime.provenance import git_commit, machine
+from twostep.runtime.provenance import stamp
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ class RunFolder:
         packages = ("twostep", "torch", "diffusers", "transformers", "safetensors")
         description = {
             "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-            "commit": git_commit(),
             "device": device,
-            "machine": machine(),
+            **stamp(),
         }
         write_text(self.recipe, recipe.to_yaml())
         write_json(self.path / "run.json", description)

@@ -6,7 +6,6 @@ layout back (`ZImageTransformer2DModel.from_single_file`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from twostep.errors import ModelError
 from twostep.models.folder import ModelFolder
 from twostep.models.student import PARTS, STEPS
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_atomically, write_json
 
 _RENAMED = (
     ("all_x_embedder.2-1.", "x_embedder."),
@@ -133,6 +132,6 @@ def export_comfyui(student: ModelFolder, out: Path) -> list[str]:
                 f"{path.name}: ComfyUI will not use fp16 for these weights; cards without bf16 "
                 "run them in fp32"
             )
-    text = json.dumps(workflow("first.safetensors", "second.safetensors", schedule.shift), indent=1)
-    write_atomically(out / "workflow.json", lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    nodes = workflow("first.safetensors", "second.safetensors", schedule.shift)
+    write_json(out / "workflow.json", nodes)
     return warnings

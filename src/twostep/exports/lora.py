@@ -19,7 +19,7 @@ from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
 from twostep.models.student import PARTS, STEPS, write_lora_index
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_text
 
 
 def export_lora(
@@ -66,7 +66,7 @@ def export_lora(
     card = lora_card(
         out.name, loaded, schedule, rank=rank, facts=origin_of(student.path), lines=lines
     )
-    write_atomically(out / "README.md", lambda p: p.write_text(card, encoding="utf-8"))
+    write_text(out / "README.md", card)
     return lines
 
 

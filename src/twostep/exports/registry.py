@@ -13,7 +13,7 @@ from twostep.exports.lora import export_lora
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.student import PARTS, check_free, save_student
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_text
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[
     schedule = student.schedule()
     save_student(student.base, first, second, schedule=schedule, folder=out, dtype=first.dtype)
     card = student_card(out.name, schedule, origin_of(student.path))
-    write_atomically(out / "README.md", lambda p: p.write_text(card, encoding="utf-8"))
+    write_text(out / "README.md", card)
     return []
 
 

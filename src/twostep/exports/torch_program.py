@@ -6,7 +6,6 @@ are made of (docs/log.md).
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
 from twostep.models.student import STEPS
 from twostep.models.velocity import Velocity, bind
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_atomically, write_json
 
 
 class Step(nn.Module):
@@ -65,8 +64,7 @@ def export_programs(
     for name, velocity in zip(STEPS, sampler.velocities, strict=True):
         program = torch.export.export(Step(velocity).eval(), example)
         write_atomically(out / f"{name}.pt2", partial(torch.export.save, program))
-    text = json.dumps(_description(sampler.schedule, example), indent=1) + "\n"
-    write_atomically(out / "program.json", lambda p: p.write_text(text, encoding="utf-8"))
+    write_json(out / "program.json", _description(sampler.schedule, example))
     return [f"inputs {', '.join(str(tuple(t.shape)) for t in example)}, for nothing else"]
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from twostep.errors import ExportError, ModelError
 from twostep.method.schedule import Schedule
 from twostep.models.transformer import transformer_with
-from twostep.runtime.files import replace_folder, write_atomically
+from twostep.runtime.files import replace_folder, write_json
 
 # What the folder's model_index.json names: the class in its own pipeline.py. Opened as a plain
 # ZImagePipeline, diffusers then refuses to load it instead of dropping the second transformer.
@@ -149,5 +149,4 @@ def write_lora_index(folder: Path, *, teacher: str, schedule: Schedule) -> None:
         "step2_sigma": schedule.step2_sigma,
         "transition": schedule.transition,
     }
-    text = json.dumps(index, indent=2) + "\n"
-    write_atomically(folder / LORA_INDEX, lambda p: p.write_text(text, encoding="utf-8"))
+    write_json(folder / LORA_INDEX, index)

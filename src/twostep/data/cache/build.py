@@ -7,15 +7,11 @@ meet through the shards on disk, so no process group is needed.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,8 +24,9 @@ from twostep.method.rollout import euler, seeded_noise
 from twostep.models.velocity import guided_field
 from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import Placement, pick_device
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import write_atomically, write_json
 from twostep.runtime.processes import local_device, rank_and_world, wait_for
+from twostep.runtime.progress import progress_bar
 
 _BATCH = 64
 
@@ -54,7 +51,9 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
     device = local_device(pick_device(recipe.training.device))
     sampler = Sampler.load(spec.teacher, placement=Placement(device))
     own = spec.shards[rank::size]
-    _build_own(spec, sampler, own, repair=repair, hidden=rank > 0)
+    count = sum(shard.count for shard in own)
+    with progress_bar("teach", count, unit="samples", hidden=rank > 0) as advance:
+        build(spec, sampler, own, repair=repair, on_samples=advance)
     shards = range(len(spec.shards))
     if rank == 0:
 
@@ -66,27 +65,6 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
     else:
         wait_for(manifest.exists, "the first process")
     return TeacherCache(spec, trusted=shards)
-
-
-def _build_own(
-    spec: CacheSpec, sampler: Sampler, own: Sequence[Shard], *, repair: bool, hidden: bool
-) -> None:
-    """`build` under a progress bar."""
-    columns = (
-        TextColumn("teach"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )  # fmt: skip
-    started, done = time.monotonic(), 0
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bars:
-        bar = bars.add_task("", total=sum(shard.count for shard in own), rate="")
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            rate = done / (time.monotonic() - started)
-            bars.update(bar, advance=count, rate=f"{rate:.1f} samples/s")
-
-        build(spec, sampler, own, repair=repair, on_samples=advance)
 
 
 def build(
@@ -136,7 +114,7 @@ def _finish(spec: CacheSpec, sampler: Sampler) -> None:
         "sizes": spec.sizes,
         "shards": shards,
     }
-    _write_json(spec.folder / "manifest.json", manifest)
+    write_json(spec.folder / "manifest.json", manifest)
 
 
 def _build_shard(
@@ -175,7 +153,7 @@ def _build_shard(
         "count": count,
         "prompts": shard.prompts,
     }
-    _write_json(sidecar, record)
+    write_json(sidecar, record)
 
 
 @torch.no_grad()
@@ -195,8 +173,3 @@ def _teacher_samples(
         empty = PromptBatch.collate(sampler.encoder.encode([""]), sampler.device)
     field = guided_field(sampler.velocities[0], prompts, empty, spec.guidance_scale)
     return euler(field, noise, spec.sigmas, keep), middle
-
-
-def _write_json(path: Any, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
