@@ -8,9 +8,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from twostep.distill.objectives.terms import TERMS
+
 _SHOWN = {
     "loss": "loss",
-    "final/distribution_matching": "dm",
+    **{f"final/{term.name}": term.short for term in TERMS if term.short},
     "critic/accuracy_final": "critic",
     "score/flow_matching": "score",
     "validation/kernel_distance": "distance",
