@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_critic_turn_trains_fakes_and_heads_and_nothing_else(make_recipe: Make) 
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_the_critics_fakes_come_from_the_reals_noise(
+def test_the_critics_samples_come_from_the_reals_noise_and_the_fakes_do_not(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, paired: bool
 ) -> None:
     trainer = trainer_of(make_recipe(critic={"paired": paired}))
@@ -259,8 +260,20 @@ def test_the_critics_fakes_come_from_the_reals_noise(
         return rollout(noise, *rest)
 
     monkeypatch.setattr(trainer.objectives.student, "rollout", spy)
+    followed: list[torch.Tensor] = []
+    fit = trainer.objectives.critic._fit
+
+    def spy_fit(velocity: Any, clean: torch.Tensor, *rest: Any) -> Any:
+        followed.append(clean)
+        return fit(velocity, clean, *rest)
+
+    monkeypatch.setattr(trainer.objectives.critic, "_fit", spy_fit)
     trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU))
-    assert torch.equal(seen[0], batch.noise) == paired
+    assert torch.equal(seen[-1], batch.noise) == paired
+    # Fakes follow the student on noise that the cache does not have.
+    fresh = rollout(seen[0], batch.prompts, Draws(0, 0, "critic", device=CPU))
+    assert not torch.equal(seen[0], batch.noise)
+    torch.testing.assert_close(followed, [fresh.clean1.detach(), fresh.clean2.detach()])
     # A student that makes the teacher's own pictures cannot be told from it.
     perfect = Rollout(batch.latents, batch.noise, batch.latents)
     monkeypatch.setattr(trainer.objectives.student, "rollout", lambda *_: perfect)
@@ -675,3 +688,12 @@ def test_evaluations_are_counted_and_kept(make_recipe: Make) -> None:
     assert trainer.progress.evaluations == 2 * 3 * 4
     trainer.state.save(trainer.folder.checkpoints, 2, trainer.world)
     assert trainer_of(recipe).progress.evaluations == 2 * 3 * 4
+
+
+def test_full_sets_run_compiled(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, compiled = (
+        trainer_of(make_recipe(str(c), training={"compile": c})).critic_step()["fake/final"]
+        for c in (False, True)
+    )
+    torch.testing.assert_close(compiled, plain)

@@ -47,7 +47,8 @@ class Role:
             velocity: what is called in the model's place, such as a compiled one.
         """
         model.requires_grad_(trainable)
-        return Role(velocity or model, model, model if trainable else None, lambda: model)
+        called = model if velocity is None else velocity  # a compiled module has no truth value
+        return Role(called, model, model if trainable else None, lambda: model)
 
     @staticmethod
     def adapter(backbone: SharedBackbone, name: str = "") -> Role:

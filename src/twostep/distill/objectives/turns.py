@@ -162,24 +162,32 @@ class CriticTurn:
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
         if not (self._followed or self._judged):
             return Turn(batch.noise.new_zeros(()), {})
-        with torch.no_grad():
-            # From the teacher's own noise, a real and a fake differ in what the critic is to see.
-            pair = self._judged and self._paired
-            noise = batch.noise if pair else draws.normal_like(batch.noise)
-            rollout = self.student.rollout(noise, batch.prompts, draws)
-        cleans = (rollout.clean1, rollout.clean2)
+        pair = bool(self._judged) and self._paired
         total = batch.noise.new_zeros(())
         logged: dict[str, Tensor] = {}
+        cleans: tuple[Tensor, Tensor] | None = None
+        if self._followed or not pair:
+            cleans = self._samples(draws.normal_like(batch.noise), batch, draws)
         for step in self._followed:
+            assert cleans is not None
             loss = self._fit(self.roles.fake_of(step), cleans[step], batch.prompts, draws)
             total = total + loss
             logged[f"fake/{STEP_NAMES[step]}"] = loss.detach()
+        if pair or cleans is None:
+            # From the teacher's own noise, a real and a fake differ in what the critic is to see.
+            # The fakes have none of it: they must know the student on noise that it never met.
+            cleans = self._samples(batch.noise, batch, draws)
         for step in self._judged:
             loss, accuracy = self._judge(cleans[step], batch, draws)
             total = total + loss
             logged[f"critic/loss_{STEP_NAMES[step]}"] = loss.detach()
             logged[f"critic/accuracy_{STEP_NAMES[step]}"] = accuracy
         return Turn(total, logged)
+
+    @torch.no_grad()
+    def _samples(self, noise: Tensor, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        rollout = self.student.rollout(noise, batch.prompts, draws)
+        return rollout.clean1, rollout.clean2
 
     def _judge(self, clean: Tensor, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         settings = self.recipe.critic
