@@ -77,7 +77,7 @@ def augment_guidance(step: Judged, clean: Tensor, batch: Batch, draws: Draws) ->
         noisy = add_noise(clean, draws.normal_like(clean), tau)
         with_prompt = _clean(bind(step.score, batch.prompts), noisy, tau)
         without = _clean(bind(step.score, batch.empty), noisy, tau)
-    return losses.pseudo_target(clean, with_prompt - without)
+    return losses.guidance_augmentation(clean, with_prompt, without)
 
 
 def fool_critic(step: Judged, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
