@@ -53,6 +53,7 @@ class Score(_Section):
     learning_rate: Positive = Field(
         2e-4, description="while it is fitted; falls linearly over the second half"
     )
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="AdamW's, while it is fitted")
     caption_dropout: Fraction = Field(
         0.0,
         description="while it is fitted, the share of samples with the empty prompt in place of "
@@ -215,6 +216,9 @@ class Fake(_Section):
         "per_step", description="a fake for each step's images, or one for both"
     )
     learning_rate: Positive = Field(2e-4, description="of the fakes; decays with the student's")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.99), description="AdamW's, of the fakes, which learn by regression"
+    )
 
 
 class Critic(_Section):
@@ -267,8 +271,10 @@ class Training(_Section):
         description="the student's rate when its warm-up begins, falling linearly to "
         "learning_rate at its end; empty: learning_rate throughout",
     )
-    betas: tuple[Fraction, Fraction] = Field(
-        (0.0, 0.99), description="AdamW's, of every trained role"
+    betas: tuple[Fraction, Fraction] | None = Field(
+        None,
+        description="AdamW's, of the student and the critic's heads; empty: 0 and 0.99 where a "
+        "critic judges, 0.9 and 0.99 where none does",
     )
     weight_decay: NonNegative = Field(0.0, description="of every trained role")
     max_gradient_norm: Positive = Field(
@@ -370,6 +376,14 @@ class Recipe(_Section):
     @property
     def uses_critic(self) -> bool:
         return any(s.adversarial * s.weight > 0 for s in (self.losses.final, self.losses.step1))
+
+    @property
+    def betas(self) -> dict[str, tuple[float, float]]:
+        """AdamW's, by optimizer: no momentum where the other side of a game moves on."""
+        game = self.training.betas or ((0.0 if self.uses_critic else 0.9), 0.99)
+        return {
+            "student": game, "critic": game, "fake": self.fake.betas, "score": self.score.betas,
+        }  # fmt: skip
 
     @staticmethod
     def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
