@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tiny import random_transformer
 from twostep.data.cache.build import open_cache
 from twostep.distill import tensor_files
 from twostep.distill.checkpoint import CheckpointError, list_checkpoints
@@ -33,6 +35,7 @@ from twostep.inference.sampler import Sampler
 from twostep.method.rollout import Rollout
 from twostep.models.folder import ModelFolder
 from twostep.recipe.schema import Recipe
+from twostep.runtime.memory_meter import weight_bytes
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -697,3 +700,33 @@ def test_full_sets_run_compiled(make_recipe: Make, monkeypatch: pytest.MonkeyPat
         for c in (False, True)
     )
     torch.testing.assert_close(compiled, plain)
+
+
+def test_fakes_start_from_what_the_score_starts_from(
+    make_recipe: Make, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """So that matching has no gradient before either has learnt, whatever the score is."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    random_transformer(seed=7).save_pretrained(other / "transformer")
+    losses = {"final": {"adversarial": 0.0}, "step1": {"adversarial": 0.0}, "warmup_turns": 0}
+    trainer = trainer_of(make_recipe(losses=losses, score={"model": str(other)}))
+    for side in gradients(trainer):
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in side)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dtype"), [("bfloat16", torch.bfloat16), ("int8", torch.bfloat16)]
+)
+def test_beside_adapters_a_score_is_no_larger_than_the_backbone(
+    make_recipe: Make, tiny_folder: Path, backbone: str, dtype: torch.dtype
+) -> None:
+    recipe = make_recipe(
+        student={"weights": "lora", "rank": 2, "backbone_dtype": backbone},
+        score={"model": str(tiny_folder)},
+    )
+    roles = build_roles(recipe, ModelFolder.open(tiny_folder), device=CPU)
+    assert {p.dtype for p in roles.score.model.parameters()} == {dtype}
+    frozen = [p for p in roles.teacher.model.parameters() if not p.requires_grad]
+    packed = [b for n, b in roles.teacher.model.named_buffers() if "packed" in n or "scale" in n]
+    assert weight_bytes(roles.score.model) == sum(t.nbytes for t in (*frozen, *packed))

@@ -213,6 +213,7 @@ class Trainer:
             terms, _ = update(self.objectives.score, progress.score_turn)
         progress.score_turn += 1
         if progress.score_turn == self.recipe.score.fit_turns:
+            self.roles.start_fakes()
             update.zero()
             update.optimizers["score"].state.clear()  # its memory is the student's now
         if self._number % self.recipe.training.log_every:

@@ -51,10 +51,7 @@ class Gradients:
         settings = self.recipe.training
         for rows in self.rows:
             batch = self.batches.read(number, purpose, rows)
-            draws = Draws(
-                settings.seed, number, purpose,
-                device=self.device, rows=rows, total=settings.batch_size,
-            )  # fmt: skip
+            draws = Draws(settings.seed, number, purpose, device=self.device, rows=rows)
             with self.computing():
                 turn = compute(batch, draws)
             if not turn.terms:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from twostep.distill.objectives.critic import Critic
@@ -104,6 +105,14 @@ class Roles:
 
     def fake_parameters(self) -> list[nn.Parameter]:
         return [p for fake in self.fakes for p in fake.parameters()]
+
+    @torch.no_grad()
+    def start_fakes(self) -> None:
+        """Gives the fakes the weights of the score that was fitted, which has the same ones."""
+        for fake in self.fakes:
+            pairs = zip(fake.parameters(), self.score.parameters(), strict=True)
+            for own, fitted in pairs:
+                own.copy_(fitted)
 
     def by_name(self) -> dict[str, Role]:
         """Every role once; one that plays several parts under the first of their names."""
