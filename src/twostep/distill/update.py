@@ -56,9 +56,10 @@ class Gradients:
                 turn = compute(batch, draws)
             if not turn.terms:
                 return {}
-            (turn.loss / len(self.rows)).backward()
-            for key, value in {"loss": turn.loss.detach(), **turn.terms}.items():
-                part = value / len(self.rows)
+            loss, share = turn.loss.detach(), 1 / len(self.rows)
+            terms = turn.backward(share, self.computing)
+            for key, value in {"loss": loss, **terms}.items():
+                part = value * share
                 total[key] = total[key] + part if key in total else part
         return self.world.mean(total)
 

@@ -222,10 +222,21 @@ class Fake(_Section):
 
 
 class Critic(_Section):
-    """The discriminator's heads on hidden states of the frozen teacher."""
+    """The discriminator's heads on hidden states of a frozen network."""
+
+    network: Literal["teacher", "score"] = Field(
+        "teacher",
+        description="whose hidden states; with score and one_look, distribution matching and the "
+        "critic see a sample in one forward",
+    )
+    one_look: bool = Field(
+        False,
+        description="one noise level and one forward of the network for each sample serve both "
+        "steps and all who judge them; false: each draws its own",
+    )
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (2, 4), description="the teacher's blocks that a head looks at, from 0, ascending"
+        (2, 4), description="the network's blocks that a head looks at, from 0, ascending"
     )
     width: Count = Field(64, description="channels of each head")
     learning_rate: Positive = Field(1e-3, description="of the heads; decays with the student's")
@@ -255,6 +266,11 @@ class Training(_Section):
         description="samples at a time on each process, their gradients added up; empty: all",
     )
     critic_turns: Count = Field(1, description="fake and critic turns for each student turn")
+    joint_turns: bool = Field(
+        False,
+        description="the student's turn and the critic turn beside it are one, on one rollout; "
+        "with critic.paired half of it begins with cached noise, for the critic",
+    )
     critic_warmup_turns: Annotated[int, Field(ge=0)] = Field(
         20,
         description="fake and critic turns between the student's warm-up and its first turn with "

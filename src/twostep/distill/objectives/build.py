@@ -67,6 +67,8 @@ def build_roles(
         frozen = load(score_folder, "transformer", _frozen_dtype(recipe))
         if recipe.student.weights == "lora" and recipe.student.backbone_dtype == "int8":
             pack_int8(frozen)
+        if recipe.training.checkpoint_activations:
+            frozen.recompute_layers(recipe.training.checkpoint_share)
         score = _full(recipe, score_folder, frozen, trainable=False)
     heads = _heads(recipe, own.model.width)
     if device.type != "cpu":  # drawn on the CPU, so that every device has the same
@@ -78,7 +80,12 @@ def build_roles(
         first=first,
         second=trained.get("second", first),
         fakes=tuple(role for name, role in trained.items() if name.startswith("fake")),
-        critic=Critic(own, heads, recipe.critic.layers, teacher.family.patch),
+        critic=Critic(
+            score if recipe.critic.network == "score" else own,
+            heads,
+            recipe.critic.layers,
+            teacher.family.patch,
+        ),
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,17 @@ class Draws:
         for row in range(self._first + len(self._rows), self._first + count):
             self._rows.append(torch.Generator().manual_seed(torch_seed(*self._place, row)))
         return self._rows[:count]
+
+    def places(self, count: int) -> range:
+        """Where the first `count` rows at hand stand in the batch."""
+        return range(self._first, self._first + count)
+
+    def only(self, rows: Sequence[int]) -> Draws:
+        """Further numbers of some of the rows at hand."""
+        chosen = copy(self)
+        generators = self._generators(max(rows) + 1)
+        chosen._rows = [generators[row] for row in rows]
+        return chosen
 
     def _placed(self, drawn: Tensor) -> Tensor:
         if self.device.type != "cuda":

@@ -80,7 +80,7 @@ class Roles:
         score: trusted at every noise level; frozen once it is fitted; may be the teacher itself.
         first, second: the student's steps; the same object when parameters are shared.
         fakes: follow the student's clean predictions: one for both steps, or one each.
-        critic: on the teacher's hidden states.
+        critic: on hidden states of the teacher, or of the score.
     """
 
     teacher: Role
@@ -105,6 +105,12 @@ class Roles:
 
     def fake_parameters(self) -> list[nn.Parameter]:
         return [p for fake in self.fakes for p in fake.parameters()]
+
+    def hold_score(self, still: bool = True) -> None:
+        """A score that was fitted takes no gradient, though the critic's goes through it."""
+        for parameter in self.score.parameters():
+            if parameter.requires_grad == still:
+                parameter.requires_grad_(not still)
 
     @torch.no_grad()
     def start_fakes(self) -> None:
