@@ -25,6 +25,7 @@ from twostep.distill.run_folder import RunFolder
 from twostep.distill.sharding import Sharder
 from twostep.distill.update import Gradients, build_updates
 from twostep.errors import UserError
+from twostep.evaluation.scorers import load_scorer
 from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import pick_device, plain_attention
 from twostep.runtime.distributed import World
@@ -50,6 +51,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, cache: TeacherCache) -> None:
         self.recipe, self.cache = recipe, cache
+        self.scorers = [load_scorer(name) for name in recipe.training.validation_scores]
         self.device = local_device(pick_device(recipe.training.device))
         self.world = World(self.device)
         rows = rows_of(recipe.training, self.world)
@@ -78,7 +80,7 @@ class Trainer:
         self.updates = build_updates(self.roles, self.state, gradients)
         checkpoint = self.folder.last_checkpoint()
         if checkpoint is not None:
-            self.state.load(checkpoint)
+            self.state.load(checkpoint, self.folder.frozen)
 
     @property
     def progress(self) -> Progress:
@@ -124,6 +126,7 @@ class Trainer:
             folder=self.folder,
             device=self.device,
             world=self.world,
+            scorers=self.scorers,
             computing=self.computing,
         )
         records: AbstractContextManager[Monitor | None] = nullcontext()
@@ -186,6 +189,7 @@ class Trainer:
         if progress.score_turn == self.recipe.score.fit_turns:
             update.zero()
             update.optimizers["score"].state.clear()  # its memory is the student's now
+            self.state.freeze("score", self.folder.frozen, self.world)
         if self._number % self.recipe.training.log_every:
             return {}
         return {key: float(value) for key, value in terms.items() if key != "loss"}

@@ -178,14 +178,13 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     trained = sum(r.parameters for r in held if r.gradients)
     averaged = sum(r.parameters for r in held if r.average)
     states = sum(r.optimizer * (1 if r.name == "critic" else shards) for r in held)
-    fitted = sum(p.numel() for p in roles.score.parameters())
     return Needs(
         roles=held,
         activations=activations,
         flops={name: found.flops * (settings.batch_size // rows) for name, found in runs.items()},
         peak=static + max(activations.values()) + _RESERVED_BYTES,
         cache=cache_bytes(recipe, folder, prompt_tokens),
-        checkpoint=4 * (trained + averaged + fitted) + states,
+        checkpoint=4 * (trained + averaged) + states,
         micro_batch=rows,
     )
 

@@ -310,7 +310,19 @@ class Training(_Section):
         100, description="turns between validations; the best of them is the exported student"
     )
     validation_samples: Count = Field(
-        128, description="images of a validation, two a prompt; fewer than 64 tell little"
+        128,
+        description="images of a validation, two a prompt, from prompts that no turn learns from "
+        "(a quarter of the cache's at most); fewer than 64 tell little",
+    )
+    validation_scores: tuple[str, ...] = Field(
+        (),
+        description="scores of the validation's images beside the distance: ocr, clip, or "
+        "NAME=COMMAND of your own, as for evaluate --scores",
+    )
+    best_by: Literal["distance", "score"] = Field(
+        "distance",
+        description="which validation was the best: the one of the least distance to the teacher, "
+        "or of the highest first score",
     )
     save_every: Count = Field(200, description="turns between checkpoints")
     keep_checkpoints: Count = Field(2, description="the newest checkpoints that stay on disk")
