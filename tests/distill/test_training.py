@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tiny import random_transformer
 from twostep.data.cache.build import open_cache
 from twostep.distill import tensor_files
 from twostep.distill.best import BestStudent
@@ -34,6 +37,7 @@ from twostep.inference.sampler import Sampler
 from twostep.method.rollout import Rollout
 from twostep.models.folder import ModelFolder
 from twostep.recipe.schema import Recipe
+from twostep.runtime.memory_meter import weight_bytes
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -249,7 +253,7 @@ def test_critic_turn_trains_fakes_and_heads_and_nothing_else(make_recipe: Make) 
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_the_critics_fakes_come_from_the_reals_noise(
+def test_the_critics_samples_come_from_the_reals_noise_and_the_fakes_do_not(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, paired: bool
 ) -> None:
     trainer = trainer_of(make_recipe(critic={"paired": paired}))
@@ -261,8 +265,20 @@ def test_the_critics_fakes_come_from_the_reals_noise(
         return rollout(noise, *rest)
 
     monkeypatch.setattr(trainer.objectives.student, "rollout", spy)
+    followed: list[torch.Tensor] = []
+    fit = trainer.objectives.critic._fit
+
+    def spy_fit(velocity: Any, clean: torch.Tensor, *rest: Any) -> Any:
+        followed.append(clean)
+        return fit(velocity, clean, *rest)
+
+    monkeypatch.setattr(trainer.objectives.critic, "_fit", spy_fit)
     trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU))
-    assert torch.equal(seen[0], batch.noise) == paired
+    assert torch.equal(seen[-1], batch.noise) == paired
+    # Fakes follow the student on noise that the cache does not have.
+    fresh = rollout(seen[0], batch.prompts, Draws(0, 0, "critic", device=CPU))
+    assert not torch.equal(seen[0], batch.noise)
+    torch.testing.assert_close(followed, [fresh.clean1.detach(), fresh.clean2.detach()])
     # A student that makes the teacher's own pictures cannot be told from it.
     perfect = Rollout(batch.latents, batch.noise, batch.latents)
     monkeypatch.setattr(trainer.objectives.student, "rollout", lambda *_: perfect)
@@ -707,3 +723,42 @@ def test_evaluations_are_counted_and_kept(make_recipe: Make) -> None:
     assert trainer.progress.evaluations == 2 * 3 * 4
     trainer.state.save(trainer.folder.checkpoints, 2, trainer.world)
     assert trainer_of(recipe).progress.evaluations == 2 * 3 * 4
+
+
+def test_full_sets_run_compiled(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, compiled = (
+        trainer_of(make_recipe(str(c), training={"compile": c})).critic_step()["fake/final"]
+        for c in (False, True)
+    )
+    torch.testing.assert_close(compiled, plain)
+
+
+def test_fakes_start_from_what_the_score_starts_from(
+    make_recipe: Make, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """So that matching has no gradient before either has learnt, whatever the score is."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    random_transformer(seed=7).save_pretrained(other / "transformer")
+    losses = {"final": {"adversarial": 0.0}, "step1": {"adversarial": 0.0}, "warmup_turns": 0}
+    trainer = trainer_of(make_recipe(losses=losses, score={"model": str(other)}))
+    for side in gradients(trainer):
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in side)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dtype"), [("bfloat16", torch.bfloat16), ("int8", torch.bfloat16)]
+)
+def test_beside_adapters_a_score_is_no_larger_than_the_backbone(
+    make_recipe: Make, tiny_folder: Path, backbone: str, dtype: torch.dtype
+) -> None:
+    recipe = make_recipe(
+        student={"weights": "lora", "rank": 2, "backbone_dtype": backbone},
+        score={"model": str(tiny_folder)},
+    )
+    roles = build_roles(recipe, ModelFolder.open(tiny_folder), device=CPU)
+    assert {p.dtype for p in roles.score.model.parameters()} == {dtype}
+    frozen = [p for p in roles.teacher.model.parameters() if not p.requires_grad]
+    packed = [b for n, b in roles.teacher.model.named_buffers() if "packed" in n or "scale" in n]
+    assert weight_bytes(roles.score.model) == sum(t.nbytes for t in (*frozen, *packed))

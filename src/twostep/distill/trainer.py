@@ -187,6 +187,7 @@ class Trainer:
             terms, _ = update(self.objectives.score, progress.score_turn)
         progress.score_turn += 1
         if progress.score_turn == self.recipe.score.fit_turns:
+            self.roles.start_fakes()
             update.zero()
             update.optimizers["score"].state.clear()  # its memory is the student's now
             self.state.freeze("score", self.folder.frozen, self.world)
@@ -203,7 +204,8 @@ class Trainer:
         with self._counting("evaluations"):
             if not warming:
                 first = progress.critic_turn == 0
-                for _ in range(settings.critic_turns + first * settings.critic_warmup_turns):
+                alone = settings.critic_turns - settings.joint_turns
+                for _ in range(alone + first * settings.critic_warmup_turns):
                     logged |= self.critic_step()
             logged |= self.student_step(warming=warming)
         progress.turn += 1
@@ -214,8 +216,7 @@ class Trainer:
     def set_rates(self) -> None:
         """The learning rates of the next student turn."""
         now = rates(self.recipe, turn=self.progress.turn, share_done=self._share_done)
-        for name in ("critic", "student"):
-            self.updates[name].set_rates(now)
+        self.updates["joint"].set_rates(now)
 
     def critic_step(self) -> dict[str, Tensor]:
         """One update of fakes and critic; their terms."""
@@ -226,8 +227,12 @@ class Trainer:
 
     def student_step(self, *, warming: bool) -> dict[str, Tensor]:
         """One update of the student; its terms."""
-        turn = self.objectives.student.warmup if warming else self.objectives.student
-        terms, accepted = self.updates["student"](turn, self.progress.turn)
+        if self.recipe.training.joint_turns and not warming:
+            terms, accepted = self.updates["joint"](self.objectives.joint, self.progress.turn)
+            self.progress.critic_turn += 1
+        else:
+            turn = self.objectives.student.warmup if warming else self.objectives.student
+            terms, accepted = self.updates["student"](turn, self.progress.turn)
         if accepted:
             self.state.ema.update()
         return terms
