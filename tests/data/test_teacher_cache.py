@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
+from twostep.data.cache import shards
 from twostep.data.cache.build import build, open_cache
 from twostep.data.cache.encoded import EncodedPrompts
 from twostep.data.cache.read import TeacherCache
@@ -219,6 +220,27 @@ def test_bad_sizes_are_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         CacheSpec.of(make_recipe(data=data))
+
+
+def test_of_several_processes_each_reads_its_own_shards_end_to_end(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_cache(recipe)
+    original, read = shards.checksum, []
+
+    def watched(path: Path) -> str:
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(shards, "checksum", watched)
+    for part in ("velocities", "encoder"):  # nothing to make: no weights are read
+        monkeypatch.setattr(ModelFolder, part, None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert len(open_cache(recipe)) == 24
+    assert sorted(read) == [f"shard-{i:05d}.safetensors" for i in range(3)]
+    assert read[-1] == "shard-00001.safetensors"
 
 
 def test_interrupted_build_goes_on_where_it_stopped(
