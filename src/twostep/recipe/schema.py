@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from twostep.recipe import rules
+from twostep.recipe.loras import Lora
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -33,6 +34,11 @@ class Teacher(_Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="the frozen weights' type, of the score too"
+    )
+    loras: tuple[Lora, ...] = Field(
+        (),
+        description="LoRA files (PATH or PATH:SCALE) that are added to the teacher's weights, and so "
+        "to all that starts from them: a fine-tune of the teacher, distilled with it",
     )
 
 
@@ -366,6 +372,14 @@ class Recipe(_Section):
     @property
     def run_folder(self) -> Path:
         return self.output / self.name
+
+    def with_lora_checksums(self, found: Sequence[str]) -> Recipe:
+        """The same, with the sha256 of each of `teacher.loras`: what a run keeps of itself."""
+        loras = tuple(
+            lora.model_copy(update={"sha256": sha256})
+            for lora, sha256 in zip(self.teacher.loras, found, strict=True)
+        )
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update={"loras": loras})})
 
     @property
     def uses_critic(self) -> bool:

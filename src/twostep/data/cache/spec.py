@@ -12,6 +12,7 @@ from twostep.data.prompts import load_prompts
 from twostep.errors import RecipeError
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import LoraFile
 from twostep.recipe.schema import Recipe, Size
 from twostep.runtime.randomness import Stream, torch_seed
 
@@ -63,7 +64,7 @@ class CacheSpec:
     @staticmethod
     def of(recipe: Recipe) -> CacheSpec:
         """Raises ModelError, PromptError or RecipeError for what the recipe names wrongly."""
-        teacher, data = ModelFolder.open(recipe.teacher.model), recipe.data
+        teacher, data = open_teacher(recipe), recipe.data
         for size in data.sizes:
             try:
                 teacher.space.shape(*size)
@@ -141,6 +142,21 @@ class CacheSpec:
         digest.update(json.dumps(settings).encode())
         digest.update(self.teacher.fingerprint.encode())
         return digest.hexdigest()
+
+
+def open_teacher(recipe: Recipe) -> ModelFolder:
+    """The recipe's teacher with its LoRA files; loads no weights of it.
+
+    Raises:
+        ModelError: for a folder or a LoRA file that is missing or does not fit.
+    """
+    loras = [
+        LoraFile.open(
+            lora.path, lora.scale, option=f"teacher.loras[{index}]", sha256=lora.sha256
+        )
+        for index, lora in enumerate(recipe.teacher.loras)
+    ]
+    return ModelFolder.open(recipe.teacher.model).with_loras(loras)
 
 
 def recipe_schedule(recipe: Recipe, teacher: ModelFolder) -> Schedule:
