@@ -1,4 +1,4 @@
-"""Does a fine-tune survive distillation? A style LoRA on the embedded teacher, then two steps of it.
+"""Does a fine-tune survive distillation? A style LoRA on the embedded teacher, then distilled.
 
 The style is a warm cast: every picture's green and blue are dimmed. A LoRA learns it by flow
 matching on the teacher's own pictures, cast; a recipe with `teacher.loras` distils teacher and LoRA

@@ -148,9 +148,7 @@ def generate(request: PictureRequest, out: Path) -> Iterator[Picture]:
         InputError, ModelError: before any picture is made.
     """
     check_prompts(request.prompts)
-    folder = open_model(
-        request.model, size=request.size, steps=request.steps, loras=request.loras
-    )
+    folder = open_model(request.model, size=request.size, steps=request.steps, loras=request.loras)
     if request.preview:
         folder.check_student("preview")
     out.mkdir(parents=True, exist_ok=True)

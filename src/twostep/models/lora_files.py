@@ -70,7 +70,7 @@ class LoraFile:
 
 
 def check_loras(files: Sequence[LoraFile], family: Family, base: Path) -> None:
-    """Raises ModelError for a file that does not fit the model in `base`; loads no weights of it."""
+    """Raises ModelError for a file that does not fit the model in `base`, before its weights."""
     for file in files:
         _read_changes(file, family, base)
 
@@ -138,9 +138,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     return {_PREFIX + key.removeprefix(_PEFT): w for key, w in weights.items()}, metadata
 
 
-def _pairs(
-    weights: dict[str, Tensor], skeleton: nn.Module
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(weights: dict[str, Tensor], skeleton: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """B and A by module name.
 
     Raises:

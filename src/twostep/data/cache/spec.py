@@ -155,9 +155,7 @@ def open_teacher(recipe: Recipe) -> ModelFolder:
         ModelError: for a folder or a LoRA file that is missing or does not fit.
     """
     loras = [
-        LoraFile.open(
-            lora.path, lora.scale, option=f"teacher.loras[{index}]", sha256=lora.sha256
-        )
+        LoraFile.open(lora.path, lora.scale, option=f"teacher.loras[{index}]", sha256=lora.sha256)
         for index, lora in enumerate(recipe.teacher.loras)
     ]
     return ModelFolder.open(recipe.teacher.model).with_loras(loras)
