@@ -37,8 +37,8 @@ class Teacher(_Section):
     )
     loras: tuple[Lora, ...] = Field(
         (),
-        description="LoRA files, FILE or FILE:SCALE, that are added to the teacher's weights, and so to "
-        "all that starts from them: a fine-tune of the teacher is distilled",
+        description="LoRA files, FILE or FILE:SCALE, that are added to the teacher's weights, and "
+        "so to all that starts from them: a fine-tune of the teacher is distilled",
     )
 
 
