@@ -306,10 +306,10 @@ def test_a_fine_tune_is_distilled_and_opened_everywhere(
     ours = Sampler.load(str(folder)).sample(prompts, noise).latents
     stock = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(prompts, height=32, width=32, latents=noise.clone(), output_type="latent").images
+    # It writes its chat template into the list of prompts that it is given.
+    theirs = stock(list(prompts), height=32, width=32, latents=noise, output_type="latent").images
     torch.testing.assert_close(theirs, ours, atol=2e-3, rtol=0)
     plain = Sampler.load(ModelFolder.open(tiny_folder)).sample(prompts, noise, steps=2).latents
-    print("NORMS", (plain - ours).norm(), (ours - rollout).norm(), rollout.norm())
     # The folder holds bf16; a lost LoRA would be seen.
     assert (ours - rollout).norm() < 0.1 * (plain - ours).norm()
 
@@ -319,9 +319,7 @@ def test_a_fine_tune_is_distilled_and_opened_everywhere(
     )
     assert "keeps 100.0%" in lines[0]
     pair = Sampler.load(str(tmp_path / "pair")).sample(prompts, noise).latents
-    print("PAIR", (pair - ours).norm())
-    lost = 0.0 if student else 0.3  # what a full student changed outside of linear layers
-    assert (pair - ours).norm() <= (0.02 + lost) * (plain - ours).norm()
+    assert (pair - ours).norm() < 0.1 * (plain - ours).norm()
 
     # The same file again goes on with the run; another one under its name does not.
     Trainer(recipe, cache)

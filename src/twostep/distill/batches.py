@@ -53,7 +53,9 @@ def rows_of(settings: Training, world: World) -> list[slice]:
 def order_of(cache: TeacherCache, seed: int, window: int = 1) -> Order:
     """The order in which a run reads `cache`."""
     sizes = [cache.spec.samples_of(place) for place in range(len(cache.spec.sizes))]
-    return Order(sizes, cache.caption_lengths(), seed=seed, window=window)
+    spec, at_once = cache.spec, cache.shards_at_once
+    files = at_once and (spec.prompts_per_shard * spec.samples_per_prompt, at_once)
+    return Order(sizes, cache.caption_lengths(), seed=seed, window=window, files=files)
 
 
 class Batches:
@@ -77,6 +79,8 @@ class Batches:
         """The rows of one batch; all of them if None. Each purpose has an order of its own."""
         rows = rows or slice(0, self.size)
         samples = self.cache.read(self.order.batch(number, self.size, purpose=purpose)[rows])
+        if self.cache.spec.store.is_remote:
+            self.cache.ahead(self.order.batch(number + 1, self.size, purpose=purpose)[rows])
         latents = samples.latents.to(self.device)
         prompts = PromptBatch.collate(samples.embeds, self.device)
         reals, real_prompts = latents, prompts

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from twostep.data.cache.store import Store, is_url, open_location, open_store
 from twostep.data.prompts import load_prompts
 from twostep.errors import RecipeError
 from twostep.method.schedule import Schedule
@@ -42,7 +43,8 @@ class CacheSpec:
     """A cache's contents.
 
     Attributes:
-        folder: of the cache.
+        location: of the cache, a folder or a URL.
+        copies, copies_gib: where shards of a URL's cache are kept, and how much of them.
         schedule: the recipe's noise levels.
         steps, guidance_scale, dtype: the teacher's.
         prompts: the first size's, then the second's, and so on: prompt i of the recipe's is drawn
@@ -50,7 +52,9 @@ class CacheSpec:
         sizes: (height, width) in pixels.
     """
 
-    folder: Path
+    location: Path | str
+    copies: Path
+    copies_gib: float
     teacher: ModelFolder
     schedule: Schedule
     steps: int
@@ -71,6 +75,8 @@ class CacheSpec:
                 teacher.space.shape(*size)
             except ValueError as error:
                 raise RecipeError(f"data.height, width or other_sizes: {error}") from error
+        if is_url(data.cache):
+            open_location(data.cache)
         schedule = recipe_schedule(recipe, teacher)
         if recipe.losses.warmup_step1_target == "trajectory":
             _check_on_grid(schedule, recipe.teacher.steps)
@@ -87,7 +93,9 @@ class CacheSpec:
                 f"{data.prompts} has {len(prompts)}"
             )
         return CacheSpec(
-            folder=data.cache,
+            location=data.cache,
+            copies=data.cache_copies,
+            copies_gib=data.cache_copies_gib,
             teacher=teacher,
             schedule=schedule,
             steps=recipe.teacher.steps,
@@ -99,6 +107,21 @@ class CacheSpec:
             seed=data.seed,
             prompts_per_shard=max(1, data.samples_per_file // data.samples_per_prompt),
         )
+
+    @cached_property
+    def store(self) -> Store:
+        """Where its files are. Raises RecipeError for a URL that nothing here can open."""
+        return open_store(
+            self.location,
+            copies=self.copies,
+            room_gib=self.copies_gib,
+            fingerprint=lambda: self.fingerprint,
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Of its files, or of their copies."""
+        return self.store.folder
 
     @property
     def sigmas(self) -> list[float]:
