@@ -83,6 +83,8 @@ def kind(annotation: Any) -> str:
         return f"[{', '.join(inner)}]"
     if isinstance(annotation, type) and issubclass(annotation, PurePath):
         return "path"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "text"  # its short form
     return NAMES[annotation]
 
 

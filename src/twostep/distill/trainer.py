@@ -50,6 +50,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, cache: TeacherCache) -> None:
+        recipe = recipe.with_lora_checksums([lora.sha256 for lora in cache.spec.teacher.loras])
         self.recipe, self.cache = recipe, cache
         self.scorers = [load_scorer(name) for name in recipe.training.validation_scores]
         self.device = local_device(pick_device(recipe.training.device))
