@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import socket
 import threading
 import time
@@ -129,9 +131,16 @@ def offer(name: str, steps: int = 2) -> Offer:
 
 
 @contextmanager
-def served(engine: Engine, catalogue: Mapping[str, Offer], **options: Any) -> Iterator[str]:
+def served(
+    engine: Engine,
+    catalogue: Mapping[str, Offer],
+    *,
+    metrics: Metrics | None = None,
+    **options: Any,
+) -> Iterator[str]:
     """The application on a real uvicorn; gives its address."""
-    app = create_app(engine, catalogue, metrics=Metrics(), options=AppOptions(**options))
+    metrics = metrics or Metrics()
+    app = create_app(engine, catalogue, metrics=metrics, options=AppOptions(**options))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none")
@@ -146,3 +155,18 @@ def served(engine: Engine, catalogue: Mapping[str, Offer], **options: Any) -> It
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def broken(source: random.Random) -> bytes:
+    """A body of a request with something changed."""
+    value: dict[str, Any] = {"prompt": "a cat", "n": 1, "size": "8x8", "seed": 1, "stream": False}
+    odd = [None, -1, 2**63, 1e308, "", "\x00", "x" * 200, [], {}, [[]], True, "NaN", "💥", 0.5]
+    for _ in range(source.randrange(1, 4)):
+        key = source.choice([*value, "prompt", "extra", "output_format", "partial_images", ""])
+        value[key] = source.choice(odd)
+    body = bytearray(json.dumps(value, allow_nan=True).encode())
+    for _ in range(source.choice([0, 0, 1, 3])):
+        body[source.randrange(len(body))] = source.randrange(256)
+    if source.random() < 0.2:
+        del body[source.randrange(len(body)) :]
+    return bytes(body)
