@@ -5,27 +5,23 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
-import openai
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from serving_fakes import until
+from serving_process import Served
 from twostep.cli import app
 from twostep.cli.serve import parse_choice
 from twostep.errors import UserError
@@ -34,46 +30,6 @@ from twostep.method.rollout import seeded_noise
 from twostep.runtime.images import to_bytes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-
-
-class Served:
-    """A process, its address once it is ready, and its log."""
-
-    def __init__(self, *options: str, **variables: str) -> None:
-        command = [sys.executable, "-m", "twostep", "serve", "--port", "0", *options]
-        self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env=os.environ | variables
-        )
-        self.lines: list[dict[str, Any]] = []
-        self.url = ""
-        ready = threading.Event()
-
-        def read() -> None:
-            assert self.process.stderr is not None
-            for line in self.process.stderr:
-                if line.startswith("{"):
-                    self.lines.append(json.loads(line))
-                    if self.lines[-1]["event"] == "ready":
-                        self.url = self.lines[-1]["url"]
-                        ready.set()
-
-        self.reading = threading.Thread(target=read)
-        self.reading.start()
-        assert ready.wait(60)
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=30)
-
-    def waiting(self) -> float:
-        with urlopen(f"{self.url}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        return float(re.search(r"^twostep_queue_pictures (.*)$", text, flags=re.M)[1])  # type: ignore[index]
-
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30)
-        self.reading.join(10)
-        return code
 
 
 @pytest.fixture(scope="module")
