@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 
 from twostep.families.family import PromptBatch
@@ -21,6 +20,7 @@ from twostep.models.velocity import Velocity, bind
 from twostep.planning.weightless import load_weightless, make_fake, open_weightless
 from twostep.recipe.schema import Student
 from twostep.runtime.devices import Memory
+from twostep.runtime.shape_tensors import ShapesOnly
 from twostep.runtime.memory_meter import live_bytes, weight_bytes
 
 Steps = Literal["two_sets", "lora"]
@@ -87,7 +87,7 @@ def generation_needs(
         vae = AutoencoderKL.from_config(
             AutoencoderKL.load_config(folder.base, subfolder="vae")
         ).eval()
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.no_grad(), ShapesOnly():
         for network in networks:
             make_fake(network, dtype)
             if memory == "int8":

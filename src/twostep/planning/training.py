@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twostep.data.cache.spec import recipe_schedule
 from twostep.distill.batches import divide_batch
@@ -33,6 +32,7 @@ from twostep.planning.weightless import (
     random_batch,
 )
 from twostep.recipe.schema import Recipe
+from twostep.runtime.shape_tensors import ShapesOnly
 from twostep.runtime.memory_meter import gradients_dropped, live_bytes
 
 # The CUDA context, cuBLAS workspaces and what the allocator cannot reuse.
@@ -154,7 +154,7 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     if recipe.distributed.sharding == "shard":
         shards = recipe.distributed.shard_size or processes
     held = _roles(recipe, roles, shards)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with ShapesOnly():
         # Sharded weights are gathered in the type they compute in, and not cast once more.
         gathered_dtype = torch.bfloat16 if shards > 1 and settings.autocast else None
         for role in roles.by_name().values():

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from twostep.distill.objectives.batch import Batch
 from twostep.families.family import PromptBatch
 from twostep.models.folder import ModelFolder
 from twostep.models.locate import CONFIGURATIONS as CONFIGURATION_FILES
 from twostep.recipe.schema import Recipe
+from twostep.runtime.shape_tensors import ShapeTensor
 
 CONFIGURATIONS = Path(__file__).parent / "configurations"
 # Models whose shape is known without asking the hub.
@@ -47,10 +47,10 @@ def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """
     for owner in module.modules():
         for name, packed in owner.named_buffers(recurse=False):
-            if not isinstance(packed, FakeTensor):
+            if not isinstance(packed, ShapeTensor):
                 setattr(owner, name, torch.empty(packed.shape, dtype=packed.dtype, device=CPU))
         for name, parameter in owner.named_parameters(recurse=False):
-            if not isinstance(parameter, FakeTensor):
+            if not isinstance(parameter, ShapeTensor):
                 fake = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=CPU)
                 setattr(owner, name, nn.Parameter(fake, parameter.requires_grad))
 
