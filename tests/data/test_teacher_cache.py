@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel
 
 from twostep.data.cache.build import build, open_cache
+from twostep.data.cache.encoded import EncodedPrompts
 from twostep.data.cache.read import TeacherCache
 from twostep.data.cache.shards import CacheError
 from twostep.data.cache.spec import CacheSpec
@@ -25,8 +30,12 @@ from twostep.families.family import PromptBatch
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import euler
 from twostep.method.schedule import sigma_schedule
+from twostep.models.folder import ModelFolder
+from twostep.models.prompt_encoder import PromptEncoder
 from twostep.models.velocity import bind
 from twostep.recipe.schema import Recipe
+from twostep.runtime.devices import Placement
+from twostep.runtime.images import pictures_at_once
 
 Make = Callable[..., Recipe]
 
@@ -52,6 +61,47 @@ def test_samples_are_the_teachers(recipe: Recipe) -> None:
         torch.testing.assert_close(
             embeds, sampler.encoder.encode([prompt])[0], atol=1e-5, rtol=1e-4
         )
+
+
+def test_the_teacher_computes_in_its_dtype(make_recipe: Make) -> None:
+    cache = open_cache(make_recipe(teacher={"dtype": "bfloat16"}))
+    assert cache.spec.fingerprint != CacheSpec.of(make_recipe()).fingerprint
+    samples = cache.read([23, 0, 9])
+    assert all(e.dtype == torch.bfloat16 for e in samples.embeds)
+    half = Placement(torch.device("cpu"), torch.bfloat16)
+    sampler = Sampler.load(cache.spec.teacher, placement=half)
+    expected = sampler.sample(samples.prompts, samples.noise, steps=4).latents
+    torch.testing.assert_close(samples.latents, expected, atol=0.05, rtol=0.05)
+
+
+def test_the_text_encoder_is_gone_before_the_transformer_comes(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders: list[weakref.ref[Any]] = []
+    load, velocities = AutoModel.from_pretrained, ModelFolder.velocities
+
+    def watched(*args: Any, **options: Any) -> Any:
+        model = load(*args, **options)
+        encoders.append(weakref.ref(model))
+        return model
+
+    def alone(self: ModelFolder, placement: Placement) -> Any:
+        gc.collect()
+        assert [ref() for ref in encoders] == [None]
+        return velocities(self, placement)
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", watched)
+    monkeypatch.setattr(ModelFolder, "velocities", alone)
+    open_cache(recipe)
+    assert len(encoders) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "batch"), [((64, 64), 64), ((256, 256), 64), ((512, 512), 16), ((1024, 1024), 4)]
+)
+def test_batches_shrink_with_the_picture(size: tuple[int, int], batch: int) -> None:
+    assert pictures_at_once(*size) == batch
+    assert pictures_at_once(2048, 4096) == 1
 
 
 def test_trajectory_is_the_teachers_latents_at_the_second_noise_level(recipe: Recipe) -> None:
@@ -165,8 +215,17 @@ def test_bad_sizes_are_refused_before_anything_is_loaded(
         CacheSpec.of(make_recipe(data=data))
 
 
-def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
-    plan, sampler = CacheSpec.of(recipe), Sampler.load(recipe.teacher.model)
+def test_interrupted_build_goes_on_where_it_stopped(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = PromptEncoder._encode
+
+    def only_the_empty_prompt(self: Any, prompts: list[str], max_length: int) -> list[Tensor]:
+        assert prompts == [""]
+        return original(self, prompts, max_length)
+
+    plan, placement = CacheSpec.of(recipe), Placement.on("cpu")
+    (velocity,) = plan.teacher.velocities(placement)
     made = 0
 
     def stop_in_second_shard(count: int) -> None:
@@ -175,14 +234,27 @@ def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
         if made > 8:
             raise KeyboardInterrupt
 
+    plan.folder.mkdir(parents=True)
+    encoded = EncodedPrompts.encode(plan, plan.shards, placement)
     with pytest.raises(KeyboardInterrupt):
-        build(plan, sampler, plan.shards, on_samples=stop_in_second_shard)
+        build(
+            plan,
+            velocity,
+            plan.shards,
+            encoded=encoded,
+            device=placement.device,
+            on_samples=stop_in_second_shard,
+        )
     assert shard(recipe, 0).exists()
     assert not shard(recipe, 1).exists()
     with pytest.raises(CacheError, match="run `twostep teach` first"):
         TeacherCache(plan)
     before = shard(recipe, 0).stat().st_mtime_ns
+    # What was encoded is not encoded again, and is gone once it stands in its shard.
+    assert len(list(plan.folder.glob("prompts-*"))) == len(plan.shards) - 1
+    monkeypatch.setattr(PromptEncoder, "_encode", only_the_empty_prompt)
     cache = open_cache(recipe)
+    assert not list(plan.folder.glob("prompts-*"))
     assert shard(recipe, 0).stat().st_mtime_ns == before
     assert len(cache.read(range(24)).ids) == 24
 

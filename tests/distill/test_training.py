@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from twostep.data.cache.build import open_cache
 from twostep.distill import tensor_files
+from twostep.distill.best import BestStudent
 from twostep.distill.checkpoint import CheckpointError, list_checkpoints
 from twostep.distill.ema import Ema
 from twostep.distill.monitor import Monitor, read_metrics
@@ -571,21 +572,19 @@ def test_interrupt_inside_this_process(make_recipe: Make) -> None:
     assert Trainer(trainer.recipe, trainer.cache).progress.turn == 2
 
 
-def test_best_checkpoint_is_kept_not_the_last(make_recipe: Make) -> None:
+def test_best_checkpoint_is_kept_not_the_last(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_of(make_recipe(training={"validate_every": 1}))
-    scores = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
+    distances = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
     kept = {}
 
-    class FakeSeen:
-        def __init__(self) -> None:
-            self.metrics = {"kernel_distance": next(scores), "diversity": 1.0}
-
-    def validate(validator, draw: bool) -> dict[str, float]:
-        validator.measure = FakeSeen
+    def offer(self: BestStudent, distance: float) -> None:
         kept[trainer.progress.turn] = [v.clone() for v in trainer.state.ema.values]
-        return Trainer.validate(trainer, validator, draw=False)
+        original(self, next(distances))
 
-    trainer.validate = validate  # type: ignore[method-assign]
+    original = BestStudent.offer
+    monkeypatch.setattr(BestStudent, "offer", offer)
     trainer.train()
     assert trainer.progress.best_turn == 2
     assert all(torch.equal(a, b) for a, b in zip(kept[2], trainer.state.ema.values, strict=True))

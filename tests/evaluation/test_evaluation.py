@@ -30,6 +30,7 @@ from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule
 from twostep.models.student import save_student
 from twostep.runtime.memory_meter import weight_bytes
+from twostep.runtime.processes import Share
 
 runner = CliRunner()
 SIZE = (32, 32)
@@ -109,7 +110,7 @@ def test_images_are_resumed_and_equal_a_run_in_one_go(
     parts.make(sampler, 1)
     assert parts.missing() == [0, 2]
     (tmp_path / "parts" / "part-00000.safetensors").write_bytes(b"torn")
-    make_images(parts, load, rank=1, world=2)
+    make_images(parts, load, share=Share(1, 2))
     assert parts.missing() == [0, 2]  # the second process has part 1 only
 
     def count(images: int) -> None:

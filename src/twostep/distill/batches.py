@@ -13,6 +13,7 @@ from twostep.distill.order import Order
 from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
 from twostep.recipe.schema import Recipe, Training
+from twostep.runtime.devices import Placement
 from twostep.runtime.distributed import World
 
 
@@ -64,8 +65,11 @@ class Batches:
         self.order = order_of(cache, self.seed, recipe.data.caption_window)
         self.reals: dict[tuple[int, ...], ExternalReals] = {}
         if recipe.data.reals != "teacher":
+            placement = Placement(device, getattr(torch, recipe.teacher.dtype))
             for size in recipe.data.sizes:
-                external = ExternalReals(Path(recipe.data.reals), cache.spec.teacher, size)
+                external = ExternalReals(
+                    Path(recipe.data.reals), cache.spec.teacher, size, placement=placement
+                )
                 self.reals[external.latents.shape[1:]] = external
         self.empty = PromptBatch.collate([cache.empty_embeds], device)
 

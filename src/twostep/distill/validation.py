@@ -18,11 +18,11 @@ from twostep.method.rollout import Rollout, euler, seeded_noise, two_step
 from twostep.models.velocity import bind, guided_field
 from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World
+from twostep.runtime.images import pictures_at_once
 from twostep.runtime.randomness import Stream, seeds_of
 
 # Nearly clean: the features must see the picture, yet stay where the teacher was trained.
 _FEATURE_SIGMA = 0.1
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Validator:
     ) -> None:
         self.recipe, self.roles, self.device, self.world = recipe, roles, device, world
         self.schedule = cache.spec.schedule
+        self._at_once = pictures_at_once(recipe.data.height, recipe.data.width)
         available = 2 * len(cache.spec.samples_of(0))
         count = min(recipe.training.validation_samples, available) // 2 * 2
         order = order_of(cache, recipe.training.seed)
@@ -88,7 +89,7 @@ class Validator:
 
     def _parts(self, count: int) -> Sequence[Tensor]:
         """Batches of this process's share of `count` rows."""
-        return torch.tensor(self.world.share(count)).split(_BATCH)
+        return torch.tensor(self.world.share(count)).split(self._at_once)
 
     def _prompts(self, embeds: list[Tensor], rows: Tensor) -> PromptBatch:
         return PromptBatch.collate([embeds[i] for i in rows.tolist()], self.device)

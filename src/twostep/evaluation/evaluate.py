@@ -24,7 +24,7 @@ from twostep.evaluation.report.words import verdict
 from twostep.evaluation.scorers import load_scorer
 from twostep.inference.sampler import Sampler
 from twostep.runtime.files import write_json
-from twostep.runtime.processes import rank_and_world, wait_for
+from twostep.runtime.processes import Share, wait_for
 from twostep.runtime.provenance import stamp
 
 # How many columns the report's pictures have, and how many pairs it shows of each kind.
@@ -125,9 +125,9 @@ def evaluate(
         ImageStore(folder / entry.key, entry, prompts=prompts, size=request.size)
         for entry in (*request.entries, others)
     ]
-    rank, world = rank_and_world()
-    _make_all(stores, device=device, rank=rank, world=world)
-    if rank:
+    share = Share.here()
+    _make_all(stores, device=device, share=share)
+    if not share.is_first:
         return None
     wait_for(lambda: not any(s.missing() for s in stores), "the other processes")
 
@@ -174,9 +174,7 @@ def evaluate(
     )
 
 
-def _make_all(
-    stores: Sequence[ImageStore], *, device: torch.device | str, rank: int, world: int
-) -> None:
+def _make_all(stores: Sequence[ImageStore], *, device: torch.device | str, share: Share) -> None:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -188,9 +186,9 @@ def _make_all(
             loaded[model] = Sampler.load(model, device)
         return loaded[model]
 
-    mine = [part for store in stores for part in store.parts[rank::world]]
+    mine = [part for store in stores for part in share.of(store.parts)]
     total = sum(part.stop - part.start for part in mine)
-    with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as bars:
+    with Progress(*columns, console=Console(stderr=True), disable=not share.is_first) as bars:
         bar = bars.add_task("images", total=total)
         # Stores of one model in a row, so that it is loaded once.
         for store in sorted(stores, key=lambda s: s.entry.model):
@@ -198,8 +196,7 @@ def _make_all(
             make_images(
                 store,
                 partial(load, store.entry.model),
-                rank=rank,
-                world=world,
+                share=share,
                 on_images=partial(bars.advance, bar),
             )
 

@@ -24,6 +24,7 @@ from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import to_bytes
+from twostep.runtime.processes import ALONE, Share
 
 _PART = 64
 
@@ -58,9 +59,9 @@ class ImageStore:
         total = len(self.prompts)
         return [slice(i, min(i + _PART, total)) for i in range(0, total, _PART)]
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Parts still to be made by process `rank` of `world`."""
-        return [i for i in range(rank, len(self.parts), world) if not self._is_there(i)]
+    def missing(self, share: Share = ALONE) -> list[int]:
+        """Parts of `share` that are still to be made."""
+        return [i for i in share.of(range(len(self.parts))) if not self._is_there(i)]
 
     def make(self, sampler: Sampler, part: int) -> None:
         """Makes one part."""
@@ -109,8 +110,7 @@ def make_images(
     store: ImageStore,
     load: Callable[[], Sampler],
     *,
-    rank: int = 0,
-    world: int = 1,
+    share: Share = ALONE,
     on_images: Callable[[int], None] | None = None,
 ) -> None:
     """Makes what is missing of `store`; `load` is called only if something is.
@@ -118,9 +118,9 @@ def make_images(
     Args:
         on_images: told how many images each part (or found part) added.
     """
-    missing = store.missing(rank, world)
+    missing = store.missing(share)
     sampler = load() if missing else None
-    for part in range(rank, len(store.parts), world):
+    for part in share.of(range(len(store.parts))):
         rows = store.parts[part]
         if sampler is not None and part in missing:
             store.make(sampler, part)

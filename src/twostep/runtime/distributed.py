@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twostep.runtime.processes import rank_and_world
+from twostep.runtime.processes import Share
 
 
 class World:
@@ -24,7 +24,8 @@ class World:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rank, self.size = rank_and_world()
+        here = Share.here()
+        self.rank, self.size = here.rank, here.size
         self.device = device
         self._background: dist.ProcessGroup | None = None
         if self.size > 1 and not dist.is_initialized():

@@ -43,7 +43,7 @@ class CacheSpec:
     Attributes:
         folder: of the cache.
         schedule: the recipe's noise levels.
-        steps, guidance_scale: the teacher's.
+        steps, guidance_scale, dtype: the teacher's.
         prompts: the first size's, then the second's, and so on: prompt i of the recipe's is drawn
             in size i modulo the number of sizes.
         sizes: (height, width) in pixels.
@@ -54,6 +54,7 @@ class CacheSpec:
     schedule: Schedule
     steps: int
     guidance_scale: float
+    dtype: str
     prompts: list[str]
     sizes: tuple[Size, ...]
     samples_per_prompt: int
@@ -90,6 +91,7 @@ class CacheSpec:
             schedule=schedule,
             steps=recipe.teacher.steps,
             guidance_scale=recipe.teacher.guidance_scale,
+            dtype=recipe.teacher.dtype,
             prompts=[p for i in range(len(data.sizes)) for p in prompts[i :: len(data.sizes)]],
             sizes=data.sizes,
             samples_per_prompt=data.samples_per_prompt,
@@ -132,12 +134,14 @@ class CacheSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the teacher's weights, the schedule, the prompts, sizes or seeds."""
+        """Changes with the teacher's weights, dtype, the schedule, prompts, sizes or seeds."""
         digest = hashlib.sha256()
         step2_sigma = self.schedule.step2_sigma
         settings = [VERSION, self.sigmas, self.guidance_scale, step2_sigma, self.prompts]
         settings += [self.samples_per_prompt, *(n for size in self.sizes for n in size), self.seed]
         settings += [self.prompts_per_shard]
+        if self.dtype != "float32":  # named later, so that older caches stay good
+            settings.append(self.dtype)
         digest.update(json.dumps(settings).encode())
         digest.update(self.teacher.fingerprint.encode())
         return digest.hexdigest()
