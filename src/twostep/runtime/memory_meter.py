@@ -1,10 +1,10 @@
-"""Counts the bytes that are alive while code runs, and its operations; without memory behind it, too."""
+"""Counts the bytes that are alive while code runs, and its operations; on shapes alone, too."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from twostep.runtime.shape_tensors import ShapesOnly
 
-# torch knows how many operations CUDA's attention kernels take; tensors of shapes alone call the CPU's.
+# torch knows how many operations CUDA's attention kernels take; shapes alone call the CPU's.
 _OPERATIONS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         torch.ops.aten._scaled_dot_product_flash_attention
@@ -26,7 +26,7 @@ _OPERATIONS = flop_registry | {
     ],
 }
 # Growth of what is alive that is worth a collection.
-_NEW_PEAK = 1.02
+_NEW_PEAK = 1.05
 
 
 class LiveBytes:
@@ -45,7 +45,7 @@ class LiveBytes:
         func: Any,
         given: Iterable[Tensor],
         made: Iterable[Tensor],
-        args: tuple[Any, ...],
+        args: Sequence[Any],
         result: Any,
     ) -> None:
         """Counts one operation on `given`, of which `made` came."""

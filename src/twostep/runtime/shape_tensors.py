@@ -6,7 +6,7 @@ As torch's own fake tensors, which do several times as much for each operation: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ _READ = torch.ops.aten._local_scalar_dense.default
 # Shape, strides and type of a result.
 _Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]
 # An operation, the tensors that go in, those that come out (all of the meta device), arguments.
-Watcher = Callable[[Any, list[Tensor], list[Tensor], tuple[Any, ...], Any], None]
+Watcher = Callable[[Any, list[Tensor], list[Tensor], Sequence[Any], Any], None]
 
 
 class ShapeTensor(Tensor):
@@ -29,7 +29,7 @@ class ShapeTensor(Tensor):
     @staticmethod
     def of(meta: Tensor) -> ShapeTensor:
         """Around a tensor of the meta device."""
-        made: ShapeTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: ShapeTensor = Tensor._make_wrapper_subclass(
             ShapeTensor,
             meta.shape,
             strides=meta.stride(),
@@ -41,7 +41,7 @@ class ShapeTensor(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} on a tensor without values, outside ShapesOnly")
 
     def tolist(self) -> Any:
