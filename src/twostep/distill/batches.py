@@ -8,6 +8,7 @@ import torch
 
 from twostep.data.cache.read import TeacherCache
 from twostep.data.real_images import ExternalReals
+from twostep.distill.held_out import HeldOut
 from twostep.distill.objectives.batch import Batch
 from twostep.distill.order import Order
 from twostep.errors import RecipeError
@@ -50,10 +51,11 @@ def rows_of(settings: Training, world: World) -> list[slice]:
     return [slice(i, i + size) for i in range(first, first + own, size)]
 
 
-def order_of(cache: TeacherCache, seed: int, window: int = 1) -> Order:
-    """The order in which a run reads `cache`."""
-    sizes = [cache.spec.samples_of(place) for place in range(len(cache.spec.sizes))]
-    return Order(sizes, cache.caption_lengths(), seed=seed, window=window)
+def order_of(recipe: Recipe, cache: TeacherCache) -> Order:
+    """The order in which a run reads `cache`; validation's prompts are left out."""
+    samples = HeldOut.of(recipe, cache.spec).training_samples()
+    lengths = cache.caption_lengths()
+    return Order(samples, lengths, seed=recipe.training.seed, window=recipe.data.caption_window)
 
 
 class Batches:
@@ -62,7 +64,7 @@ class Batches:
     def __init__(self, recipe: Recipe, cache: TeacherCache, device: torch.device) -> None:
         self.size, self.seed = recipe.training.batch_size, recipe.training.seed
         self.cache, self.device = cache, device
-        self.order = order_of(cache, self.seed, recipe.data.caption_window)
+        self.order = order_of(recipe, cache)
         self.reals: dict[tuple[int, ...], ExternalReals] = {}
         if recipe.data.reals != "teacher":
             placement = Placement(device, getattr(torch, recipe.teacher.dtype))

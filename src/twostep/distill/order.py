@@ -23,7 +23,7 @@ class Order:
     """
 
     def __init__(
-        self, sizes: Sequence[range], lengths: np.ndarray, *, seed: int, window: int = 1
+        self, sizes: Sequence[Sequence[int]], lengths: np.ndarray, *, seed: int, window: int = 1
     ) -> None:
         self.sizes, self.lengths, self.seed, self.window = sizes, lengths, seed, window
         # The last epoch of each purpose and size is enough.
@@ -54,7 +54,7 @@ class Order:
         if drawn != epoch:
             samples = self.sizes[size]
             generator = rng(self.seed, Stream.ORDER, purpose, epoch, size)
-            shuffled = generator.permutation(len(samples)) + samples.start
+            shuffled = np.asarray(samples)[generator.permutation(len(samples))]
             self._drawn[purpose, size] = epoch, shuffled
         return shuffled
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from twostep.distill.objectives.roles import Roles
 from twostep.models.folder import ModelFolder
 from twostep.planning.disk import STORED, student_bytes
 from twostep.planning.roles import RolePlan
@@ -29,6 +28,7 @@ class RunStages:
         extra: of the device beside the roles: the sample sheet's decoder, gathered blocks.
         fitting: gradients and optimizer states of the score, while it is fitted.
         checkpoint: on disk, of all processes.
+        frozen: on disk: the fitted score, written once.
     """
 
     recipe: Recipe
@@ -36,6 +36,7 @@ class RunStages:
     extra: int
     fitting: int
     checkpoint: int
+    frozen: int
 
     @property
     def weights(self) -> int:
@@ -81,7 +82,7 @@ class RunStages:
             "checkpoint",
             self.weights + self.states,
             host=self.checkpoint // processes,
-            disk=kept * self.checkpoint + self.average,
+            disk=kept * self.checkpoint + self.average + self.frozen,
         )
 
     def end(self, folder: ModelFolder) -> Stage:
@@ -93,7 +94,9 @@ class RunStages:
         host = weight_bytes(load_weightless(folder, "transformer", dtype))
         if dtype is not STORED:
             host += host * STORED.itemsize // dtype.itemsize  # as it is written
-        on_disk = self.recipe.training.keep_checkpoints * self.checkpoint + self.average
+        on_disk = (
+            self.recipe.training.keep_checkpoints * self.checkpoint + self.average + self.frozen
+        )
         return Stage(
             "end of run",
             self.weights + self.states + self.average,
@@ -102,10 +105,9 @@ class RunStages:
         )
 
 
-def checkpoint_bytes(held: Sequence[RolePlan], roles: Roles, shards: int) -> int:
+def checkpoint_bytes(held: Sequence[RolePlan], shards: int) -> int:
     """A checkpoint's tensors: what is trained, its average and its optimizers' states."""
     trained = sum(r.parameters for r in held if r.gradients)
     averaged = sum(r.parameters for r in held if r.average)
     states = sum(r.optimizer * (1 if r.name == "critic" else shards) for r in held)
-    fitted = sum(p.numel() for p in roles.score.parameters())
-    return 4 * (trained + averaged + fitted) + states
+    return 4 * (trained + averaged) + states

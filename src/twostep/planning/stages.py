@@ -38,6 +38,7 @@ class Needs:
             what `roles` hold.
         flops: by turn, on the largest size: operations over the whole batch, of all processes.
         forwards: by turn: operations of a sample, in forwards of one sample through the teacher.
+        turns_of_a_student: how many of each turn one update of the student comes with.
         stages: of the run, in their order.
         reserved: bytes that the device (or the interpreter, on a CPU) needs for itself.
         checkpoint: on disk.
@@ -48,6 +49,7 @@ class Needs:
     activations: dict[str, int]
     flops: dict[str, int]
     forwards: dict[str, float]
+    turns_of_a_student: dict[str, int]
     stages: list[Stage]
     reserved: int
     checkpoint: int
@@ -91,8 +93,8 @@ class TrainingPlan(Needs):
 
     @property
     def forwards_of_a_turn(self) -> float:
-        """A student turn and one critic turn, in forwards of a sample."""
-        return self.forwards["student"] + self.forwards["critic"]
+        """An update of the student and the critic's that come with it, in forwards of a sample."""
+        return sum(self.forwards[name] * n for name, n in self.turns_of_a_student.items())
 
     def as_json(self) -> str:
         found: dict[str, Any] = asdict(self)

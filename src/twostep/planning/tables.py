@@ -38,8 +38,12 @@ def tables(found: TrainingPlan) -> Iterator[Table | str]:
         f"({found.seconds_per_checkpoint:.0f} s), the student {_gib(found.student)} GiB"
     )
     yield (
-        f"a student turn and a critic turn: {found.forwards_of_a_turn:.1f} forwards a sample "
-        f"({found.forwards['student']:.1f} and {found.forwards['critic']:.1f})"
+        f"an update of the student: {found.forwards_of_a_turn:.1f} forwards a sample ("
+        + ", ".join(
+            f"{n} {name} turn{'s' * (n > 1)} of {found.forwards[name]:.1f}"
+            for name, n in found.turns_of_a_student.items()
+        )
+        + ")"
     )
     if found.seconds_per_1000_turns is not None:
         yield f"1,000 student turns: {found.seconds_per_1000_turns / 3600:.1f} hours"

@@ -21,7 +21,7 @@ from twostep.planning.roles import fitting_bytes, plan_roles
 from twostep.planning.run import RunStages, checkpoint_bytes
 from twostep.planning.stages import Needs, Stage, TrainingPlan, largest
 from twostep.planning.teaching import encoding_stage, sampling_stage
-from twostep.planning.turns import Counted, count_turn, gathered_bytes, turns_of
+from twostep.planning.turns import Counted, count_turn, gathered_bytes, turns_of, turns_of_a_student
 from twostep.planning.using import using_stages
 from twostep.planning.weightless import (
     CPU,
@@ -37,7 +37,7 @@ from twostep.runtime.shape_tensors import ShapesOnly
 
 # The CUDA context, cuBLAS workspaces and what the allocator cannot reuse; on a CPU the interpreter
 # and its libraries.
-_RESERVED_BYTES = {"cuda": 2 << 30, "cpu": 3 << 28}
+_RESERVED_BYTES = {"cuda": 2 << 30, "cpu": 1 << 29}
 # Told that one of the things to be counted is.
 Advance = Callable[[int], None]
 
@@ -66,7 +66,8 @@ def plan(
     folder = open_weightless(recipe.teacher.model)
     schedule = recipe_schedule(recipe, folder)
     cache, student = cache_bytes(recipe, folder, prompt_tokens), student_bytes(folder)
-    counted = len(_turn_names(recipe)) + 8
+    fitted, warmed = recipe.score.fit_turns > 0, recipe.losses.warmup_turns > 0
+    counted = 2 + fitted + warmed + (recipe.training.joint_turns > 0) + 8
     with progress_bar("plan", counted) as advance:
         needs = measure(recipe, processes, prompt_tokens, advance=advance)
         with ShapesOnly():
@@ -79,8 +80,7 @@ def plan(
         others += using_stages(recipe, prompt_tokens, _placement(recipe).dtype, advance=advance)
     seconds = None
     if tflops is not None:
-        critic_turns = recipe.training.critic_turns
-        operations = needs.flops["student"] + critic_turns * needs.flops["critic"]
+        operations = sum(needs.flops[name] * n for name, n in needs.turns_of_a_student.items())
         seconds = 1000 * operations / (tflops * 1e12 * processes)
     stages = [*teaching, *needs.stages, *others]
     advice: list[str] = []
@@ -153,6 +153,7 @@ def measure(
         activations={name: found.peak + gathered for name, found in runs.items()},
         flops={n: run.operations * (settings.batch_size // rows) for n, run in runs.items()},
         forwards={n: run.operations / rows / forward.operations for n, run in runs.items()},
+        turns_of_a_student=turns_of_a_student(recipe),
         stages=stages,
         reserved=_RESERVED_BYTES[_device_type(recipe)],
         checkpoint=checkpoint,
@@ -172,12 +173,6 @@ def _as_counted(recipe: Recipe, processes: int) -> tuple[Recipe, int]:
         score = str(open_weightless(recipe.score.model).path)
         changes["score"] = recipe.score.model_copy(update={"model": score})
     return recipe.model_copy(update=changes), rows
-
-
-def _turn_names(recipe: Recipe) -> list[str]:
-    found = ["student", "critic"]
-    found += ["score"] * bool(recipe.score.fit_turns)
-    return found + ["warm-up"] * bool(recipe.losses.warmup_turns)
 
 
 def _device_type(recipe: Recipe) -> str:

@@ -55,7 +55,8 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
     placement = Placement(device, getattr(torch, recipe.teacher.dtype))
     own = share.of(spec.shards)
     missing = find_missing(spec, own, repair=repair)
-    if missing or share.is_first:
+    finishes = share.is_first and (repair or missing != [] or not _has_manifest(spec))
+    if missing or finishes:
         spec.folder.mkdir(parents=True, exist_ok=True)
         encoded = EncodedPrompts.encode(spec, missing, placement, hidden=not share.is_first)
     count = sum(shard.count for shard in own)
@@ -65,15 +66,15 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
             velocity, *_ = spec.teacher.velocities(placement)
             build(spec, velocity, missing, encoded=encoded, device=device, on_samples=advance)
     shards = range(len(spec.shards))
-    if share.is_first:
 
-        def all_there() -> bool:
-            return all(check_shard(spec, shard, whole=False) is None for shard in shards)
+    def all_there() -> bool:
+        return all(check_shard(spec, shard, whole=False) is None for shard in shards)
 
-        wait_for(all_there, "the other processes")
+    wait_for(all_there, "the other processes")
+    if finishes:
         _finish(spec, encoded)
     else:
-        wait_for(manifest.exists, "the first process")
+        wait_for(partial(_has_manifest, spec), "the first process")
     return TeacherCache(spec, trusted=shards)
 
 
@@ -177,6 +178,15 @@ def _write_shard(
         "prompts": shard.prompts,
     }
     write_json(sidecar, record)
+
+
+def _has_manifest(spec: CacheSpec) -> bool:
+    """Whether the cache was finished, for this very recipe."""
+    try:
+        manifest = json.loads((spec.folder / "manifest.json").read_text(encoding="utf-8"))
+        return bool(manifest["fingerprint"] == spec.fingerprint)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _finish(spec: CacheSpec, encoded: EncodedPrompts) -> None:
