@@ -146,7 +146,8 @@ class Student(_Section):
     )
     init: str | None = Field(
         None,
-        description="a two-step student to start from, a folder or zoo:NAME; empty: the teacher",
+        description="a two-step student to start from, a folder or zoo:NAME; empty: the teacher. "
+        "For lora two LoRA files (twostep export --to lora) of no higher rank",
     )
     rank: Count = Field(64, description="for lora; alpha equals it")
     target_modules: str = Field(
@@ -303,6 +304,11 @@ class Training(_Section):
         None,
         description="the student's rate when its warm-up begins, falling linearly to "
         "learning_rate at its end; empty: learning_rate throughout",
+    )
+    rate_warmup_turns: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="turns over which the rates rise from zero: the student's in its own turns, "
+        "the fakes' and the critic's in theirs",
     )
     betas: tuple[Fraction, Fraction] | None = Field(
         None,
