@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from twostep.data.cache.build import open_cache
@@ -38,7 +39,7 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
         training={"batch_size": 8, "turns": 4},
     )
     trainer = trainer_of(recipe)
-    modules = trainer.state.modules
+    modules = dict(trainer.state.modules)
     start = {n: [p.clone() for p in m.parameters()] for n, m in modules.items()}
 
     def loss() -> float:
@@ -66,7 +67,13 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
     assert all(
         torch.equal(a, b) for a, b in zip(fitted, trainer.roles.score.parameters(), strict=True)
     )
-    assert not trainer.state.optimizers["score"].state
+    assert "score" not in trainer.state.optimizers
+    assert not trainer.updates["score"].optimizers["score"].state
+    # It is written once, beside the checkpoints, and not into each of them.
+    (stored,) = trainer.folder.frozen.rglob("*.safetensors")
+    assert len(load_file(stored)) == len(fitted)
+    for checkpoint in list_checkpoints(trainer.folder.checkpoints):
+        assert not [k for k in load_file(checkpoint / "state.safetensors") if "score" in k]
 
 
 def test_the_loss_is_flow_matching_on_the_teachers_images(make_recipe: Make) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tiny import random_transformer
 from twostep.data.cache.build import open_cache
 from twostep.distill import tensor_files
+from twostep.distill.best import BestStudent
 from twostep.distill.checkpoint import CheckpointError, list_checkpoints
 from twostep.distill.ema import Ema
 from twostep.distill.monitor import Monitor, read_metrics
@@ -30,6 +31,7 @@ from twostep.distill.objectives.draws import Draws
 from twostep.distill.trainer import Interrupted, Trainer
 from twostep.distill.update import TrainingStopped
 from twostep.errors import RecipeError
+from twostep.evaluation.scorers import ScorerError
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import Rollout
@@ -605,24 +607,54 @@ def test_interrupt_inside_this_process(make_recipe: Make) -> None:
     assert Trainer(trainer.recipe, trainer.cache).progress.turn == 2
 
 
-def test_best_checkpoint_is_kept_not_the_last(make_recipe: Make) -> None:
+def test_best_checkpoint_is_kept_not_the_last(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_of(make_recipe(training={"validate_every": 1}))
-    scores = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
+    distances = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
     kept = {}
 
-    class FakeSeen:
-        def __init__(self) -> None:
-            self.metrics = {"kernel_distance": next(scores), "diversity": 1.0}
-
-    def validate(validator, draw: bool) -> dict[str, float]:
-        validator.measure = FakeSeen
+    def offer(self: BestStudent, distance: float) -> None:
         kept[trainer.progress.turn] = [v.clone() for v in trainer.state.ema.values]
-        return Trainer.validate(trainer, validator, draw=False)
+        original(self, next(distances))
 
-    trainer.validate = validate  # type: ignore[method-assign]
+    original = BestStudent.offer
+    monkeypatch.setattr(BestStudent, "offer", offer)
     trainer.train()
     assert trainer.progress.best_turn == 2
     assert all(torch.equal(a, b) for a, b in zip(kept[2], trainer.state.ema.values, strict=True))
+
+
+def test_a_scorer_of_the_users_own_chooses_the_student(make_recipe: Make, tmp_path: Path) -> None:
+    scorer = tmp_path / "scorer.py"
+    # A number for each call: the second is the highest. It also checks what it is given.
+    scorer.write_text(
+        "import json, pathlib, sys\n"
+        "calls = pathlib.Path(__file__).with_name('calls')\n"
+        "number = len(calls.read_text()) if calls.exists() else 0\n"
+        "calls.write_text('.' * (number + 1))\n"
+        "for line in sys.stdin:\n"
+        "    assert json.loads(line)['prompt']\n"
+        "    print([1.0, 3.0, 2.0][number])\n"
+    )
+    command = f"taste={sys.executable} {scorer}"
+    recipe = make_recipe(
+        training={"validate_every": 2, "validation_scores": [command], "best_by": "score"}
+    )
+    trainer = trainer_of(recipe)
+    trainer.train()
+    assert trainer.progress.best_turn == 4
+    assert trainer.progress.best_distance == -3.0
+    records = read_metrics(trainer.folder.path)
+    assert [r["validation/score/taste"] for r in records if "validation/diversity" in r] == [
+        1,
+        3,
+        2,
+    ]
+    with pytest.raises(RecipeError, match=r"best_by: score needs training\.validation_scores"):
+        make_recipe(training={"best_by": "score"})
+    with pytest.raises(ScorerError, match="'taste' is unknown"):
+        trainer_of(make_recipe("other", training={"validation_scores": ["taste"]}))
 
 
 def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) -> None:
@@ -693,9 +725,9 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_by_its_version(make_recipe
     trainer_of(recipe).train()
     path = list_checkpoints(recipe.run_folder / "checkpoints")[-1] / "state.json"
     record = json.loads(path.read_text())
-    assert record.pop("version") == 2
+    assert record.pop("version") == 3
     path.write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=r"format 1, as twostep 0\.1 wrote it"):
+    with pytest.raises(CheckpointError, match="format 1, as an earlier twostep wrote it"):
         trainer_of(recipe)
 
 

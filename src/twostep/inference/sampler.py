@@ -17,6 +17,7 @@ from twostep.models.folder import ModelFolder
 from twostep.models.prompt_encoder import PromptEncoder
 from twostep.models.velocity import Velocity, bind, guided_field
 from twostep.runtime.devices import Placement
+from twostep.runtime.images import pictures_at_once
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,15 @@ class Sampler:
 
     def compile(self) -> None:
         """Compiles transformers and decoder: the first picture of a size and batch takes long."""
+        self.compile_velocities()
+        self.decoder.vae.decoder.compile(dynamic=False)
+
+    def compile_velocities(self) -> None:
+        """Compiles the transformers alone, where another model's decoder is shared."""
         allow_graphs()
         for module in self.velocities:
             assert isinstance(module, nn.Module)
             module.compile(dynamic=False)
-        self.decoder.vae.decoder.compile(dynamic=False)
 
     def modules(self) -> list[nn.Module]:
         """Everything that runs between a prompt and its picture."""
@@ -111,7 +116,6 @@ class Sampler:
         steps: int | None = None,
         *,
         guidance_scale: float = 0.0,
-        batch_size: int = 64,
     ) -> Sample:
         """Latents for `prompts` from `noise` (len(prompts), C, H, W).
 
@@ -130,6 +134,8 @@ class Sampler:
                 f"got steps={steps}, guidance_scale={guidance_scale}"
             )
         latents, previews = [], []
+        height, width = (side * self.space.scale for side in noise.shape[2:])
+        batch_size = pictures_at_once(height, width)
         for start in range(0, len(prompts), batch_size):
             texts = list(prompts[start : start + batch_size])
             batch = PromptBatch.collate(self.encoder.encode(texts), self.device)

@@ -95,7 +95,7 @@ class PromptEncoder:
     def encode(
         self, prompts: Sequence[str], batch_size: int = 64, max_length: int = 512
     ) -> list[Tensor]:
-        """One (tokens, D) tensor per prompt, fp32; `prompts` is not changed."""
+        """One (tokens, D) tensor per prompt, as the encoder gives it; `prompts` is not changed."""
         wanted = [p for p in dict.fromkeys(prompts) if p not in self._cache]
         fresh: dict[str, Tensor] = {}
         if self.store is not None:
@@ -113,8 +113,13 @@ class PromptEncoder:
             self._cache.popitem(last=False)
         return embeds
 
-    def _encode(self, prompts: list[str], max_length: int) -> list[Tensor]:
-        texts = [
+    def count_tokens(self, prompt: str, max_length: int = 512) -> int:
+        """Tokens of a prompt's embedding; needs no text encoder."""
+        texts = self._templated([prompt])
+        return len(self.tokenizer(texts, max_length=max_length, truncation=True).input_ids[0])
+
+    def _templated(self, prompts: Sequence[str]) -> list[str]:
+        return [
             self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 tokenize=False,
@@ -123,6 +128,9 @@ class PromptEncoder:
             )
             for prompt in prompts
         ]
+
+    def _encode(self, prompts: list[str], max_length: int) -> list[Tensor]:
+        texts = self._templated(prompts)
         batch = self.tokenizer(
             texts, padding=True, max_length=max_length, truncation=True, return_tensors="pt"
         ).to(self.text_encoder.device)
@@ -132,4 +140,4 @@ class PromptEncoder:
             output_hidden_states=True,
         ).hidden_states[-2]
         lengths = batch.attention_mask.sum(1).tolist()
-        return [h[:n].float() for h, n in zip(hidden, lengths, strict=True)]
+        return [h[:n] for h, n in zip(hidden, lengths, strict=True)]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from twostep.recipe import rules
+from twostep.recipe.loras import Lora
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+# A folder; a URL stays as it was typed.
+Place = Annotated[Path | str, AfterValidator(lambda v: v if "://" in str(v) else Path(v))]
 # (height, width) in pixels
 Size = tuple[Count, Count]
 
@@ -33,6 +36,11 @@ class Teacher(_Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="the frozen weights' type, of the score too"
+    )
+    loras: tuple[Lora, ...] = Field(
+        (),
+        description="LoRA files, FILE or FILE:SCALE, that are added to the teacher's weights, and "
+        "so to all that starts from them: a fine-tune of the teacher is distilled",
     )
 
 
@@ -90,9 +98,18 @@ class Data(_Section):
     seed: int = Field(
         0, description="of the embedded scenes, the cached images' noise and the validation's"
     )
-    cache: Path = Field(
+    cache: Place = Field(
         Path("runs/cache"),
-        description="folder of the teacher's images; runs of the same teacher and data share it",
+        description="folder of the teacher's images, or a URL (s3://, gs://, hf://); runs of the "
+        "same teacher and data share it",
+    )
+    cache_copies: Path = Field(
+        Path("runs/cache-copies"), description="for a URL: the folder of copies of its files"
+    )
+    cache_copies_gib: Positive = Field(
+        64.0,
+        description="for a URL: GiB of files that are kept there; where the cache is larger, "
+        "samples are shuffled within groups of files that fit",
     )
     samples_per_file: Count = Field(256, description="images in each file of the cache")
     reals: str = Field(
@@ -338,7 +355,19 @@ class Training(_Section):
         100, description="turns between validations; the best of them is the exported student"
     )
     validation_samples: Count = Field(
-        128, description="images of a validation, two a prompt; fewer than 64 tell little"
+        128,
+        description="images of a validation, two a prompt, from prompts that no turn learns from "
+        "(a quarter of the cache's at most); fewer than 64 tell little",
+    )
+    validation_scores: tuple[str, ...] = Field(
+        (),
+        description="scores of the validation's images beside the distance: ocr, clip, or "
+        "NAME=COMMAND of your own, as for evaluate --scores",
+    )
+    best_by: Literal["distance", "score"] = Field(
+        "distance",
+        description="which validation was the best: the one of the least distance to the teacher, "
+        "or of the highest first score",
     )
     save_every: Count = Field(200, description="turns between checkpoints")
     keep_checkpoints: Count = Field(2, description="the newest checkpoints that stay on disk")
@@ -394,6 +423,14 @@ class Recipe(_Section):
     @property
     def run_folder(self) -> Path:
         return self.output / self.name
+
+    def with_lora_checksums(self, found: Sequence[str]) -> Recipe:
+        """The same, with the sha256 of each of `teacher.loras`: what a run keeps of itself."""
+        loras = tuple(
+            lora.model_copy(update={"sha256": sha256})
+            for lora, sha256 in zip(self.teacher.loras, found, strict=True)
+        )
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update={"loras": loras})})
 
     @property
     def uses_critic(self) -> bool:

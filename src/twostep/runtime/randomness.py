@@ -25,6 +25,7 @@ class Stream(IntEnum):
     SIZE_TURNS = 8  # purpose, block
     ADAPTERS = 9  # place
     HEADS = 10
+    HELD_OUT = 11
 
 
 def rng(seed: int, stream: Stream, *index: int) -> np.random.Generator:

@@ -33,7 +33,7 @@ def load_whole(device: torch.device) -> Load:
     """Whole networks, onto `device`."""
 
     def load(folder: ModelFolder, part: str, dtype: torch.dtype) -> Any:
-        return folder.family.load(folder.base, part, dtype).to(device)
+        return folder.load(part, dtype).to(device)
 
     return load
 
@@ -148,7 +148,7 @@ def _adapter_roles(
         rank=student.rank,
         target_modules=student.target_modules,
         seed=settings.seed,
-        original=partial(teacher.family.load, teacher.base, "transformer", dtype),
+        original=partial(teacher.load, "transformer", dtype),
         int8=int8,
     )
     _start_adapters(recipe, backbone)

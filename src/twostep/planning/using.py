@@ -1,0 +1,47 @@
+"""The finished student in use: one picture, and the pictures of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from twostep.evaluation.image_store import PART
+from twostep.planning.checking import count_decoding
+from twostep.planning.generation import generation_needs
+from twostep.planning.stages import Stage
+from twostep.planning.weightless import CPU, open_weightless
+from twostep.recipe.schema import Recipe
+from twostep.runtime.devices import Placement
+from twostep.runtime.images import pictures_at_once
+from twostep.runtime.shape_tensors import ShapesOnly
+
+
+def using_stages(
+    recipe: Recipe,
+    prompt_tokens: int,
+    dtype: torch.dtype,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Stage]:
+    """`twostep generate`, a picture at a time, and `twostep evaluate`, a batch at a time."""
+    size = (recipe.data.height, recipe.data.width)
+    one = generation_needs(
+        recipe.teacher.model, "two_sets", "plain", size, 1, prompt_tokens, dtype=dtype
+    )
+    advance(2)
+    many = generation_needs(
+        recipe.teacher.model, "two_sets", "plain", size, pictures_at_once(*size), prompt_tokens,
+        dtype=dtype,
+    )  # fmt: skip
+    advance(2)
+    with ShapesOnly():
+        placement = Placement(CPU, dtype)
+        folder = open_weightless(recipe.teacher.model)
+        _, decoding = count_decoding(folder, size, PART, placement)
+    # An evaluation keeps the text encoder: its prompts come with their pictures.
+    held = many.text_encoder + many.transformers + many.decoder
+    return [
+        Stage("generate", one.peak),
+        Stage("evaluate", held + max(many.steps, decoding.peak)),
+    ]
