@@ -38,11 +38,11 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.active = model, ""
+        self.model = model
         self.layers: dict[str, Any] = {
             key: layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
-        self.active: str | None = None
+        self.active: str | None = None  # nothing yet
         self.activate("")
 
     def activate(self, name: str) -> None:
