@@ -27,7 +27,8 @@ from twostep.models.student import save_student
 from twostep.planning.generation import generation_needs
 from twostep.planning.training import measure, plan
 from twostep.planning.weightless import open_weightless
-from twostep.recipe.schema import Recipe, Student
+from twostep.recipe.models import Student
+from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import Memory, Placement
 from twostep.runtime.memory_meter import gradients_dropped, live_bytes, weight_bytes
 

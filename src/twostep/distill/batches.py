@@ -14,7 +14,8 @@ from twostep.distill.objectives.batch import Batch
 from twostep.distill.order import Order
 from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
-from twostep.recipe.schema import Recipe, Training
+from twostep.recipe.schema import Recipe
+from twostep.recipe.training import Training
 from twostep.runtime.devices import Placement
 from twostep.runtime.distributed import World
 
