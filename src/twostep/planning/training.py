@@ -140,8 +140,15 @@ def measure(
         advance(1)
     gathered = gathered_bytes(roles) if shards > 1 else 0
     fitting = fitting_bytes(recipe, roles, shards) if recipe.score.fit_turns else 0
-    checkpoint = checkpoint_bytes(held, roles, shards)
-    run = RunStages(recipe, held, extra=decoder + gathered, fitting=fitting, checkpoint=checkpoint)
+    checkpoint = checkpoint_bytes(held, shards)
+    run = RunStages(
+        recipe,
+        held,
+        extra=decoder + gathered,
+        fitting=fitting,
+        checkpoint=checkpoint,
+        frozen=4 * sum(p.numel() for p in roles.score.parameters()),
+    )
     stages = [
         *run.turns(runs),
         *run.checks(validation, decoding),
