@@ -140,7 +140,7 @@ def measure(
         advance(1)
     gathered = gathered_bytes(roles) if shards > 1 else 0
     fitting = fitting_bytes(recipe, roles, shards) if recipe.score.fit_turns else 0
-    checkpoint = checkpoint_bytes(held, shards)
+    checkpoint = checkpoint_bytes(held, roles, shards)
     run = RunStages(
         recipe,
         held,
