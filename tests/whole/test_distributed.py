@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.debugging import aot_eager
 
 from runs import assert_same_run
-from tiny import TEXT_WIDTH
+from tiny import TEXT_WIDTH, lora_matrices, write_lora
 from twostep.data.cache.build import open_cache
 from twostep.distill.batches import rows_of
 from twostep.distill.checkpoint import list_checkpoints
@@ -83,7 +83,9 @@ def test_several_processes_equal_one(
     both: dict[str, Any],
 ) -> None:
     """`own` are settings of the several alone, `both` sections that both runs have."""
-    common = {"student": student, "score": {"fit_turns": 2}, **both}
+    lora = write_lora(tmp_path / "style.safetensors", lora_matrices(std=0.05))
+    common = {"student": student, "score": {"fit_turns": 2}, "teacher": {"loras": [str(lora)]}}
+    common |= both
     alone = make_recipe("alone", **common)
     Trainer(alone, open_cache(alone)).train()
     own = {**both.get("training", {}), **own}

@@ -25,6 +25,17 @@ def test_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     assert recipe.teacher.guidance_scale == recipe.score.guidance_scale == 0
 
 
+@pytest.mark.parametrize("path", Z_IMAGE, ids=lambda p: p.stem)
+def test_no_role_learns_far_faster_than_the_student(path: Path) -> None:
+    """Fakes that outrun the student by an order of magnitude follow noise, not the student."""
+    recipe = Recipe.load(path)
+    assert 1 <= recipe.fake.learning_rate / recipe.training.learning_rate <= 5
+    assert 1 <= recipe.score.learning_rate / recipe.training.learning_rate <= 5
+    assert recipe.critic.learning_rate / recipe.training.learning_rate <= 20
+    assert recipe.fake.models == "per_step"
+    assert recipe.training.rate_warmup_turns > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", Z_IMAGE, ids=lambda p: p.stem)
 def test_a_small_model_goes_through_it(path: Path, tiny_folder: Path, tmp_path: Path) -> None:

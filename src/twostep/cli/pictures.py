@@ -12,6 +12,7 @@ from twostep.cli.arguments import (
     DeviceOption,
     MemoryOption,
     SizeOption,
+    open_loras,
     parse_device,
     parse_memory,
     parse_model,
@@ -54,6 +55,10 @@ def generate(
     prompt_cache: Annotated[
         Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="a LoRA file on the model, FILE or FILE:SCALE; may be repeated"),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Make pictures with a teacher or a student. Those already there are not made again.
@@ -75,7 +80,7 @@ def generate(
     request = making.PictureRequest(
         model=model, prompts=read_prompts(prompts or (), prompts_file), seed=seed, steps=steps,
         size=parse_size(size), count=count, preview=preview, batch_size=batch_size,
-        options=options,
+        options=options, loras=open_loras(lora or ()),
     )  # fmt: skip
     pictures = []
     with progress_bar("pictures", len(dict.fromkeys(request.prompts)) * count) as advance:

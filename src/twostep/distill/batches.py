@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from twostep.data.cache.read import TeacherCache
@@ -53,9 +54,18 @@ def rows_of(settings: Training, world: World) -> list[slice]:
 
 def order_of(recipe: Recipe, cache: TeacherCache) -> Order:
     """The order in which a run reads `cache`; validation's prompts are left out."""
-    samples = HeldOut.of(recipe, cache.spec).training_samples()
-    lengths = cache.caption_lengths()
-    return Order(samples, lengths, seed=recipe.training.seed, window=recipe.data.caption_window)
+    files = None
+    if cache.shards_at_once is not None:
+        shards = cache.spec.shards
+        file_of = np.repeat([s.index for s in shards], [s.count for s in shards])
+        files = file_of, cache.shards_at_once
+    return Order(
+        HeldOut.of(recipe, cache.spec).training_samples(),
+        cache.caption_lengths(),
+        seed=recipe.training.seed,
+        window=recipe.data.caption_window,
+        files=files,
+    )
 
 
 class Batches:
@@ -79,6 +89,8 @@ class Batches:
         """The rows of one batch; all of them if None. Each purpose has an order of its own."""
         rows = rows or slice(0, self.size)
         samples = self.cache.read(self.order.batch(number, self.size, purpose=purpose)[rows])
+        if self.cache.spec.store.is_remote:
+            self.cache.ahead(self.order.batch(number + 1, self.size, purpose=purpose)[rows])
         latents = samples.latents.to(self.device)
         prompts = PromptBatch.collate(samples.embeds, self.device)
         reals, real_prompts = latents, prompts

@@ -60,6 +60,7 @@ class Sharder:
         state = model.state_dict()
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder.base / part)))
         model.load_state_dict(state)
+        folder.add_loras(model)
         return model
 
 

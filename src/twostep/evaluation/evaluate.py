@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from twostep.evaluation.entries import Entry
@@ -26,6 +25,7 @@ from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_json
 from twostep.runtime.processes import Share, wait_for
+from twostep.runtime.progress import progress_bar
 from twostep.runtime.provenance import stamp
 
 # How many columns the report's pictures have, and how many pairs it shows of each kind.
@@ -177,9 +177,6 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
 
 
 def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
     loaded: dict[str, Sampler] = {}
 
     def load(store: ImageStore) -> Sampler:
@@ -189,19 +186,12 @@ def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: S
             loaded[model] = options.load(ModelFolder.open(model), store.prompts.prompts)
         return loaded[model]
 
-    mine = [part for store in stores for part in share.of(store.parts)]
-    total = sum(part.stop - part.start for part in mine)
-    with Progress(*columns, console=Console(stderr=True), disable=not share.is_first) as bars:
-        bar = bars.add_task("images", total=total)
-        # Stores of one model in a row, so that it is loaded once.
-        for store in sorted(stores, key=lambda s: s.entry.model):
-            bars.update(bar, description=f"images of {store.entry.key}")
-            make_images(
-                store,
-                partial(load, store),
-                share=share,
-                on_images=partial(bars.advance, bar),
-            )
+    # Stores of one model in a row, so that it is loaded once.
+    for store in sorted(stores, key=lambda s: s.entry.model):
+        count = sum(part.stop - part.start for part in share.of(store.parts))
+        title = f"images of {store.entry.key}"
+        with progress_bar(title, count, unit="images", hidden=not share.is_first) as advance:
+            make_images(store, partial(load, store), share=share, on_images=advance)
 
 
 def _read_all(stores: Sequence[ImageStore]) -> dict[Entry, Tensor]:

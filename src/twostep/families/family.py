@@ -183,6 +183,14 @@ class Family(Protocol):
         """The same from its configuration alone, in evaluation mode, on the default device."""
         ...
 
+    def lora_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A LoRA file's tensors, in any layout, as `transformer.MODULE.lora_A.weight` and `lora_B`.
+
+        Raises:
+            ValueError, KeyError: for a layout that is not known.
+        """
+        ...
+
     def as_velocity(self, transformer: Any) -> Any:
         """A diffusers transformer as a `VelocityModel`: the same object, its weights untouched."""
         ...

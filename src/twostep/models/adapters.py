@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -145,6 +146,35 @@ class SharedBackbone(AdapterSwitch):
         """The adapter's parameters as a module of their own, for checkpoints."""
         parts = {key.replace(".", "/"): part for key, part in self._parts(name).items()}
         return nn.ModuleDict(parts)
+
+    @torch.no_grad()
+    def start(self, name: str, file: Path) -> None:
+        """Gives an adapter the weights of a LoRA file, of its own rank or a lower one.
+
+        What the file has no rank for stays as it begins, so that it adds nothing yet.
+
+        Raises:
+            RecipeError: for a file of a higher rank, or of other layers.
+        """
+        stored = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+        parts = {f"{key}.weight": part for key, part in self._parts(name).items()}
+        if stored.keys() != parts.keys():
+            other = sorted(stored.keys() ^ parts.keys())[0]
+            raise RecipeError(
+                f"student.init: {file} is of other layers than student.target_modules ({other})"
+            )
+        for key, value in stored.items():
+            own: Any = parts[key].weight
+            rank = value.shape[0] if "lora_A" in key else value.shape[1]
+            if rank > self.rank:
+                raise RecipeError(
+                    f"student.init: {file} has rank {rank}, student.rank is {self.rank}"
+                )
+            if "lora_A" in key:
+                own[:rank] = value.to(own)
+            else:
+                own.zero_()
+                own[:, :rank] = value.to(own)
 
     def _parts(self, name: str) -> dict[str, nn.Module]:
         parts: dict[str, nn.Module] = {}

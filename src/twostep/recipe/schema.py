@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from twostep.recipe import rules
+from twostep.recipe.loras import Lora
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+# A folder; a URL stays as it was typed.
+Place = Annotated[Path | str, AfterValidator(lambda v: v if "://" in str(v) else Path(v))]
 # (height, width) in pixels
 Size = tuple[Count, Count]
 
@@ -33,6 +36,11 @@ class Teacher(_Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="the frozen weights' type, of the score too"
+    )
+    loras: tuple[Lora, ...] = Field(
+        (),
+        description="LoRA files, FILE or FILE:SCALE, that are added to the teacher's weights, and "
+        "so to all that starts from them: a fine-tune of the teacher is distilled",
     )
 
 
@@ -90,9 +98,18 @@ class Data(_Section):
     seed: int = Field(
         0, description="of the embedded scenes, the cached images' noise and the validation's"
     )
-    cache: Path = Field(
+    cache: Place = Field(
         Path("runs/cache"),
-        description="folder of the teacher's images; runs of the same teacher and data share it",
+        description="folder of the teacher's images, or a URL (s3://, gs://, hf://); runs of the "
+        "same teacher and data share it",
+    )
+    cache_copies: Path = Field(
+        Path("runs/cache-copies"), description="for a URL: the folder of copies of its files"
+    )
+    cache_copies_gib: Positive = Field(
+        64.0,
+        description="for a URL: GiB of files that are kept there; where the cache is larger, "
+        "samples are shuffled within groups of files that fit",
     )
     samples_per_file: Count = Field(256, description="images in each file of the cache")
     reals: str = Field(
@@ -129,7 +146,8 @@ class Student(_Section):
     )
     init: str | None = Field(
         None,
-        description="a two-step student to start from, a folder or zoo:NAME; empty: the teacher",
+        description="a two-step student to start from, a folder or zoo:NAME; empty: the teacher. "
+        "For lora two LoRA files (twostep export --to lora) of no higher rank",
     )
     rank: Count = Field(64, description="for lora; alpha equals it")
     target_modules: str = Field(
@@ -287,6 +305,11 @@ class Training(_Section):
         description="the student's rate when its warm-up begins, falling linearly to "
         "learning_rate at its end; empty: learning_rate throughout",
     )
+    rate_warmup_turns: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="turns over which the rates rise from zero: the student's in its own turns, "
+        "the fakes' and the critic's in theirs",
+    )
     betas: tuple[Fraction, Fraction] | None = Field(
         None,
         description="AdamW's, of the student and the critic's heads; empty: 0 and 0.99 where a "
@@ -400,6 +423,14 @@ class Recipe(_Section):
     @property
     def run_folder(self) -> Path:
         return self.output / self.name
+
+    def with_lora_checksums(self, found: Sequence[str]) -> Recipe:
+        """The same, with the sha256 of each of `teacher.loras`: what a run keeps of itself."""
+        loras = tuple(
+            lora.model_copy(update={"sha256": sha256})
+            for lora, sha256 in zip(self.teacher.loras, found, strict=True)
+        )
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update={"loras": loras})})
 
     @property
     def uses_critic(self) -> bool:

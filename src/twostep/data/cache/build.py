@@ -49,7 +49,7 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
     spec = CacheSpec.of(recipe)
     share = Share.here()
     manifest = spec.folder / "manifest.json"
-    if not repair and share.size == 1 and manifest.exists():
+    if not repair and share.size == 1 and spec.store.refresh(manifest):
         return TeacherCache(spec)
     device = local_device(pick_device(recipe.training.device))
     placement = Placement(device, getattr(torch, recipe.teacher.dtype))
@@ -66,9 +66,12 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
             velocity, *_ = spec.teacher.velocities(placement)
             build(spec, velocity, missing, encoded=encoded, device=device, on_samples=advance)
     shards = range(len(spec.shards))
+    left = list(shards)
 
     def all_there() -> bool:
-        return all(check_shard(spec, shard, whole=False) is None for shard in shards)
+        while left and check_shard(spec, left[-1], whole=False) is None:
+            left.pop()
+        return not left
 
     wait_for(all_there, "the other processes")
     if finishes:
@@ -86,7 +89,8 @@ def find_missing(spec: CacheSpec, shards: Sequence[Shard], *, repair: bool = Fal
     """
     missing = []
     for shard in shards:
-        fault = check_shard(spec, shard.index)
+        # An object store's shards are checked whenever they are fetched.
+        fault = check_shard(spec, shard.index, whole=repair or not spec.store.is_remote)
         if fault is None:
             continue
         if fault != "missing" and not repair:
@@ -168,6 +172,7 @@ def _write_shard(
         tensors["trajectory"] = torch.cat(list(middles))
     weights, sidecar = shard_files(spec.folder, shard.index)
     write_atomically(weights, partial(save_file, tensors))
+    spec.store.put(weights)
     record = {
         "file": weights.name,
         "sha256": checksum(weights),
@@ -176,14 +181,18 @@ def _write_shard(
         "first": shard.first,
         "count": shard.count,
         "prompts": shard.prompts,
+        "tokens": [len(e) for e in embeds],
     }
     write_json(sidecar, record)
+    spec.store.put(sidecar)
 
 
 def _has_manifest(spec: CacheSpec) -> bool:
     """Whether the cache was finished, for this very recipe."""
+    path = spec.folder / "manifest.json"
     try:
-        manifest = json.loads((spec.folder / "manifest.json").read_text(encoding="utf-8"))
+        spec.store.refresh(path)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         return bool(manifest["fingerprint"] == spec.fingerprint)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -197,6 +206,7 @@ def _finish(spec: CacheSpec, encoded: EncodedPrompts) -> None:
         shards.append({k: record[k] for k in ("file", "sha256", "bytes", "first", "count")})
     empty = {"embeds": encoded.empty}
     write_atomically(spec.folder / "empty.safetensors", partial(save_file, empty))
+    spec.store.put(spec.folder / "empty.safetensors")
     manifest = {
         "version": VERSION,
         "fingerprint": spec.fingerprint,
@@ -210,3 +220,4 @@ def _finish(spec: CacheSpec, encoded: EncodedPrompts) -> None:
         "shards": shards,
     }
     write_json(spec.folder / "manifest.json", manifest)
+    spec.store.put(spec.folder / "manifest.json")
