@@ -114,7 +114,7 @@ def test_validation_pictures_and_the_student_are_planned_as_they_come(recipe: Re
         decoder.decode(seen.rollout.clean2[:3])
     assert decoding.peak == pytest.approx(live.peak, rel=0.1)
     student = trainer.train()
-    files = [path for path in student.rglob("*.safetensors")]
+    files = list(student.rglob("*.safetensors"))
     size = sum(t.nbytes for path in files for t in load_file(path).values())
     headers = sum(p.stat().st_size for p in files) - size
     assert abs(student_bytes(folder) - size) <= headers
