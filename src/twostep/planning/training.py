@@ -141,7 +141,14 @@ def measure(
     gathered = gathered_bytes(roles) if shards > 1 else 0
     fitting = fitting_bytes(recipe, roles, shards) if recipe.score.fit_turns else 0
     checkpoint = checkpoint_bytes(held, roles, shards)
-    run = RunStages(recipe, held, extra=decoder + gathered, fitting=fitting, checkpoint=checkpoint)
+    run = RunStages(
+        recipe,
+        held,
+        extra=decoder + gathered,
+        fitting=fitting,
+        checkpoint=checkpoint,
+        frozen=4 * sum(p.numel() for p in roles.score.parameters()),
+    )
     stages = [
         *run.turns(runs),
         *run.checks(validation, decoding),

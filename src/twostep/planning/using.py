@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from twostep.evaluation.evaluate import EvaluationRequest
 from twostep.evaluation.image_store import PART
 from twostep.planning.checking import count_decoding
 from twostep.planning.generation import generation_needs
@@ -39,9 +40,16 @@ def using_stages(
         placement = Placement(CPU, dtype)
         folder = open_weightless(recipe.teacher.model)
         _, decoding = count_decoding(folder, size, PART, placement)
-    # An evaluation keeps the text encoder: its prompts come with their pictures.
-    held = many.text_encoder + many.transformers + many.decoder
+    # Timing takes its pictures in one batch, their prompts encoded each time.
+    timed = generation_needs(
+        recipe.teacher.model, "two_sets", "plain", size, EvaluationRequest.timed, prompt_tokens,
+        dtype=dtype,
+    )  # fmt: skip
+    all_there = timed.text_encoder + timed.transformers + timed.decoder
+    timing = all_there + max(timed.steps, timed.decoding)
+    judged = many.transformers + many.decoder + max(many.steps, decoding.peak)
     return [
         Stage("generate", one.peak),
-        Stage("evaluate", held + max(many.steps, decoding.peak)),
+        Stage("evaluate: pictures", max(many.text_encoder, judged)),
+        Stage("evaluate: timing", timing),
     ]
