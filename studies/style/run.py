@@ -98,7 +98,7 @@ def interval(values: Tensor) -> dict[str, float]:
 
 
 def measure(lora: Path, student: Path) -> dict[str, dict[str, Any]]:
-    """By model: the frame's brightness (0..1), its distance to the fine-tuned teacher's, accuracy."""
+    """By model: the frame's brightness (0..1), its distance to the tuned teacher's, accuracy."""
     tuned = ModelFolder.open(TEACHER).with_loras([LoraFile.open(lora)])
     prompts = PromptSet.load("emoji", HELD_OUT, seeds_per_prompt=1)
     inspect = load_scorer("inspector")

@@ -54,7 +54,9 @@ def order_of(cache: TeacherCache, seed: int, window: int = 1) -> Order:
     """The order in which a run reads `cache`."""
     sizes = [cache.spec.samples_of(place) for place in range(len(cache.spec.sizes))]
     spec, at_once = cache.spec, cache.shards_at_once
-    files = at_once and (spec.prompts_per_shard * spec.samples_per_prompt, at_once)
+    files = None
+    if at_once is not None:
+        files = spec.prompts_per_shard * spec.samples_per_prompt, at_once
     return Order(sizes, cache.caption_lengths(), seed=seed, window=window, files=files)
 
 
