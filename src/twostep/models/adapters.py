@@ -38,7 +38,7 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.active = model, ""
+        self.model = model
         self.layers: dict[str, Any] = {
             key: layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
