@@ -229,8 +229,9 @@ def test_generation_needs_are_those_of_a_real_run(
     prompts = PromptBatch.collate([torch.randn(20, 32)] * 2)
     noise = seeded_noise([0, 1], (8, 8, 8))
     found = generation_needs(
-        str(tiny_folder), "two_sets", memory, (32, 32), 2, 20, dtype=torch.float32
-    )
+        str(tiny_folder), "two_sets", memory, (32, 32),
+        batch_size=2, prompt_tokens=20, dtype=torch.float32,
+    )  # fmt: skip
     assert sampler.is_student
     assert found.transformers == weight_bytes(sampler.velocities[0], sampler.velocities[1])
     assert found.decoder == weight_bytes(sampler.decoder.vae)

@@ -62,6 +62,7 @@ def generation_needs(
     steps: Steps,
     memory: Memory,
     size: tuple[int, int],
+    *,
     batch_size: int = 1,
     prompt_tokens: int = 128,
     rank: int = 64,

@@ -43,6 +43,7 @@ class LiveBytes:
     def saw(
         self,
         func: Any,
+        *,
         given: Iterable[Tensor],
         made: Iterable[Tensor],
         args: Sequence[Any],
@@ -90,7 +91,7 @@ class _Watching(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.live.saw(func, given, made, args, result)
+        self.live.saw(func, given=given, made=made, args=args, result=result)
         return result
 
 
