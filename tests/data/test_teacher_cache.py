@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
+from twostep.data.cache import shards
 from twostep.data.cache.build import build, open_cache
 from twostep.data.cache.encoded import EncodedPrompts
 from twostep.data.cache.read import TeacherCache
 from twostep.data.cache.shards import CacheError
 from twostep.data.cache.spec import CacheSpec
 from twostep.data.prompts import PromptError, load_prompts
-from twostep.distill.batches import order_of
 from twostep.distill.order import Order
 from twostep.errors import RecipeError, UserError
 from twostep.families.family import PromptBatch
@@ -125,15 +125,22 @@ def test_seeds_of_one_prompt_share_its_embedding_and_differ_in_noise(recipe: Rec
     assert len(tensors["offsets"]) == 5  # four prompts, eight samples
 
 
+def whole_order(cache: TeacherCache) -> Order:
+    """Of all samples, none held out."""
+    spec = cache.spec
+    sizes = [spec.samples_of(place) for place in range(len(spec.sizes))]
+    return Order(sizes, cache.caption_lengths(), seed=0)
+
+
 def test_order_is_a_permutation_each_epoch_and_a_function_of_the_turn(recipe: Recipe) -> None:
-    order = order_of(open_cache(recipe), 0)
+    order = whole_order(open_cache(recipe))
     epochs = [
         [i for turn in range(6 * e, 6 * e + 6) for i in order.batch(turn, 4, purpose="student")]
         for e in (0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
     assert epochs[0] != epochs[1]
-    again = order_of(TeacherCache(CacheSpec.of(recipe)), 0)
+    again = whole_order(TeacherCache(CacheSpec.of(recipe)))
     assert order.batch(3, 4, purpose="student") == again.batch(3, 4, purpose="student")
     assert order.batch(3, 4, purpose="student") != order.batch(3, 4, purpose="critic")
 
@@ -144,7 +151,7 @@ SIZES = {"other_sizes": [[32, 64], [64, 32]]}
 def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) -> None:
     recipe = make_recipe(data={**SIZES, "prompt_count": 13, "samples_per_file": 4})
     cache = open_cache(recipe)
-    plan, order = cache.spec, order_of(cache, 0)
+    plan, order = cache.spec, whole_order(cache)
     assert sorted(plan.prompts) == sorted(
         CacheSpec.of(make_recipe(data={"prompt_count": 13})).prompts
     )
@@ -213,6 +220,27 @@ def test_bad_sizes_are_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         CacheSpec.of(make_recipe(data=data))
+
+
+def test_of_several_processes_each_reads_its_own_shards_end_to_end(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_cache(recipe)
+    original, read = shards.checksum, []
+
+    def watched(path: Path) -> str:
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(shards, "checksum", watched)
+    for part in ("velocities", "encoder"):  # nothing to make: no weights are read
+        monkeypatch.setattr(ModelFolder, part, None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert len(open_cache(recipe)) == 24
+    assert sorted(read) == [f"shard-{i:05d}.safetensors" for i in range(3)]
+    assert read[-1] == "shard-00001.safetensors"
 
 
 def test_interrupted_build_goes_on_where_it_stopped(

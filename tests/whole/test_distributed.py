@@ -201,7 +201,7 @@ def test_sharded_blocks_compile(
 
 def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
     def draw(rows: slice | None, count: int) -> list[torch.Tensor]:
-        draws = Draws(3, 5, "critic", device=CPU, rows=rows, total=8)
+        draws = Draws(3, 5, "critic", device=CPU, rows=rows)
         like = torch.zeros(count, 2, 3)
         return [
             draws.normal_like(like),
@@ -215,6 +215,24 @@ def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
         parts = [draw(slice(i, i + size), size) for i in range(0, 8, size)]
         for index, batch in enumerate(together):
             assert torch.equal(torch.cat([part[index] for part in parts]), batch)
+
+
+def test_no_row_is_drawn_but_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    normal_ = torch.Tensor.normal_
+
+    def count(tensor: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        drawn.append(tensor.numel())
+        return normal_(tensor, *rest, **named)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", count)
+    draws = Draws(0, 0, "student", device=CPU, rows=slice(4, 6))
+    rows = draws.normal_like(torch.zeros(2, 8, 4, 4))
+    assert sum(drawn) == rows.numel()
+    # Rows differ, and another turn's are others.
+    assert not torch.equal(rows[0], rows[1])
+    later = Draws(0, 1, "student", device=CPU, rows=slice(4, 6)).normal_like(rows)
+    assert not torch.equal(later, rows)
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (2, 3), (1, 2)])

@@ -26,6 +26,9 @@ OverridesArgument = Annotated[
 ]
 SizeOption = Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:NUMBER or mps")]
+MemoryOption = Annotated[
+    str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
+]
 NewFolderOption = Annotated[Path, typer.Option(help="folder to write; must be empty or not there")]
 
 

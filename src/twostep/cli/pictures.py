@@ -10,6 +10,7 @@ import typer
 
 from twostep.cli.arguments import (
     DeviceOption,
+    MemoryOption,
     SizeOption,
     open_loras,
     parse_device,
@@ -46,9 +47,7 @@ def generate(
         bool, typer.Option("--json", help="print a line of JSON for each picture")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures at a time")] = 16,
-    memory: Annotated[
-        str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
-    ] = "plain",
+    memory: MemoryOption = "plain",
     decoder: Annotated[
         str | None,
         typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id"),

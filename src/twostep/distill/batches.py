@@ -8,6 +8,7 @@ import torch
 
 from twostep.data.cache.read import TeacherCache
 from twostep.data.real_images import ExternalReals
+from twostep.distill.held_out import HeldOut
 from twostep.distill.objectives.batch import Batch
 from twostep.distill.order import Order
 from twostep.errors import RecipeError
@@ -50,14 +51,15 @@ def rows_of(settings: Training, world: World) -> list[slice]:
     return [slice(i, i + size) for i in range(first, first + own, size)]
 
 
-def order_of(cache: TeacherCache, seed: int, window: int = 1) -> Order:
-    """The order in which a run reads `cache`."""
-    sizes = [cache.spec.samples_of(place) for place in range(len(cache.spec.sizes))]
-    spec, at_once = cache.spec, cache.shards_at_once
-    files = None
-    if at_once is not None:
-        files = spec.prompts_per_shard * spec.samples_per_prompt, at_once
-    return Order(sizes, cache.caption_lengths(), seed=seed, window=window, files=files)
+def order_of(recipe: Recipe, cache: TeacherCache) -> Order:
+    """The order in which a run reads `cache`; validation's prompts are left out."""
+    return Order(
+        HeldOut.of(recipe, cache.spec).training_samples(),
+        cache.caption_lengths(),
+        seed=recipe.training.seed,
+        window=recipe.data.caption_window,
+        files=cache.files_at_once(),
+    )
 
 
 class Batches:
@@ -66,7 +68,7 @@ class Batches:
     def __init__(self, recipe: Recipe, cache: TeacherCache, device: torch.device) -> None:
         self.size, self.seed = recipe.training.batch_size, recipe.training.seed
         self.cache, self.device = cache, device
-        self.order = order_of(cache, self.seed, recipe.data.caption_window)
+        self.order = order_of(recipe, cache)
         self.reals: dict[tuple[int, ...], ExternalReals] = {}
         if recipe.data.reals != "teacher":
             placement = Placement(device, getattr(torch, recipe.teacher.dtype))

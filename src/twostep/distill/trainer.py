@@ -25,6 +25,7 @@ from twostep.distill.run_folder import RunFolder
 from twostep.distill.sharding import Sharder
 from twostep.distill.update import Gradients, build_updates
 from twostep.errors import UserError
+from twostep.evaluation.scorers import load_scorer
 from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import pick_device, plain_attention
 from twostep.runtime.distributed import World
@@ -51,6 +52,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, cache: TeacherCache) -> None:
         recipe = recipe.with_lora_checksums([lora.sha256 for lora in cache.spec.teacher.loras])
         self.recipe, self.cache = recipe, cache
+        self.scorers = [load_scorer(name) for name in recipe.training.validation_scores]
         self.device = local_device(pick_device(recipe.training.device))
         self.world = World(self.device)
         rows = rows_of(recipe.training, self.world)
@@ -79,7 +81,7 @@ class Trainer:
         self.updates = build_updates(self.roles, self.state, gradients)
         checkpoint = self.folder.last_checkpoint()
         if checkpoint is not None:
-            self.state.load(checkpoint)
+            self.state.load(checkpoint, self.folder.frozen)
 
     @property
     def progress(self) -> Progress:
@@ -125,6 +127,7 @@ class Trainer:
             folder=self.folder,
             device=self.device,
             world=self.world,
+            scorers=self.scorers,
             computing=self.computing,
         )
         records: AbstractContextManager[Monitor | None] = nullcontext()
@@ -185,8 +188,10 @@ class Trainer:
             terms, _ = update(self.objectives.score, progress.score_turn)
         progress.score_turn += 1
         if progress.score_turn == self.recipe.score.fit_turns:
+            self.roles.start_fakes()
             update.zero()
             update.optimizers["score"].state.clear()  # its memory is the student's now
+            self.state.freeze("score", self.folder.frozen, self.world)
         if self._number % self.recipe.training.log_every:
             return {}
         return {key: float(value) for key, value in terms.items() if key != "loss"}
@@ -200,7 +205,8 @@ class Trainer:
         with self._counting("evaluations"):
             if not warming:
                 first = progress.critic_turn == 0
-                for _ in range(settings.critic_turns + first * settings.critic_warmup_turns):
+                alone = settings.critic_turns - settings.joint_turns
+                for _ in range(alone + first * settings.critic_warmup_turns):
                     logged |= self.critic_step()
             logged |= self.student_step(warming=warming)
         progress.turn += 1
@@ -211,8 +217,7 @@ class Trainer:
     def set_rates(self) -> None:
         """The learning rates of the next student turn."""
         now = rates(self.recipe, turn=self.progress.turn, share_done=self._share_done)
-        for name in ("critic", "student"):
-            self.updates[name].set_rates(now)
+        self.updates["joint"].set_rates(now)
 
     def critic_step(self) -> dict[str, Tensor]:
         """One update of fakes and critic; their terms."""
@@ -223,8 +228,12 @@ class Trainer:
 
     def student_step(self, *, warming: bool) -> dict[str, Tensor]:
         """One update of the student; its terms."""
-        turn = self.objectives.student.warmup if warming else self.objectives.student
-        terms, accepted = self.updates["student"](turn, self.progress.turn)
+        if self.recipe.training.joint_turns and not warming:
+            terms, accepted = self.updates["joint"](self.objectives.joint, self.progress.turn)
+            self.progress.critic_turn += 1
+        else:
+            turn = self.objectives.student.warmup if warming else self.objectives.student
+            terms, accepted = self.updates["student"](turn, self.progress.turn)
         if accepted:
             self.state.ema.update()
         return terms

@@ -52,17 +52,15 @@ class Gradients:
         settings = self.recipe.training
         for rows in self.rows:
             batch = self.batches.read(number, purpose, rows)
-            draws = Draws(
-                settings.seed, number, purpose,
-                device=self.device, rows=rows, total=settings.batch_size,
-            )  # fmt: skip
+            draws = Draws(settings.seed, number, purpose, device=self.device, rows=rows)
             with self.computing():
                 turn = compute(batch, draws)
             if not turn.terms:
                 return {}
-            (turn.loss / len(self.rows)).backward()
-            for key, value in {"loss": turn.loss.detach(), **turn.terms}.items():
-                part = value / len(self.rows)
+            loss, share = turn.loss.detach(), 1 / len(self.rows)
+            terms = turn.backward(share, self.computing)
+            for key, value in {"loss": loss, **terms}.items():
+                part = value * share
                 total[key] = total[key] + part if key in total else part
         return self.world.mean(total)
 
@@ -139,29 +137,29 @@ class Update:
 
 
 def build_updates(roles: Roles, state: TrainingState, gradients: Gradients) -> dict[str, Update]:
-    """By purpose: critic, student, and score where one is fitted."""
+    """By what they learn: critic, student, joint (both at once), and score where one is fitted."""
     watched = {"first": roles.first.parameters()}
     if not roles.shared:
         watched["second"] = roles.second.parameters()
-    learning: dict[str, dict[str, list[nn.Parameter]]] = {
-        "critic": {
-            "fake": roles.fake_parameters(),
-            "critic": list(roles.critic.heads.parameters()),
-        },
-        "student": {"student": roles.student_parameters()},
+    student = {"student": roles.student_parameters()}
+    critic = {"fake": roles.fake_parameters(), "critic": list(roles.critic.heads.parameters())}
+    learning = {
+        "critic": ("critic", critic),
+        "student": ("student", student),
+        "joint": ("student", student | critic),
     }
     if gradients.recipe.score.fit_turns:
-        learning["score"] = {"score": roles.score.parameters()}
+        learning["score"] = ("score", {"score": roles.score.parameters()})
     return {
-        purpose: Update(
+        name: Update(
             gradients,
             state.progress,
             purpose=purpose,
-            optimizers={name: state.optimizers[name] for name in parameters},
+            optimizers={part: state.optimizers[part] for part in parameters},
             parameters=parameters,
-            watched=watched if purpose == "student" else {},
+            watched=watched if "student" in parameters else {},
         )
-        for purpose, parameters in learning.items()
+        for name, (purpose, parameters) in learning.items()
     }
 
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from twostep.evaluation.entries import Entry
 from twostep.evaluation.prompts import PromptSet
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
+from twostep.runtime.devices import Memory
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import to_bytes
 from twostep.runtime.processes import ALONE, Share
@@ -42,14 +44,23 @@ class ImageStore:
 
     Args:
         size: (height, width) in pixels.
+        memory: how the model's weights are held.
     """
 
     def __init__(
-        self, folder: Path, entry: Entry, *, prompts: PromptSet, size: tuple[int, int]
+        self,
+        folder: Path,
+        entry: Entry,
+        *,
+        prompts: PromptSet,
+        size: tuple[int, int],
+        memory: Memory = "plain",
     ) -> None:
         self.folder, self.entry, self.prompts, self.size = folder, entry, prompts, size
         weights = ModelFolder.open(entry.model).fingerprint
-        settings = [entry.steps, entry.guidance_scale, entry.reference, *size]
+        settings: list[Any] = [entry.steps, entry.guidance_scale, entry.reference, *size]
+        if memory == "int8":  # others give the same pictures
+            settings.append(memory)
         text = json.dumps([weights, settings, prompts.fingerprint, _PART])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 

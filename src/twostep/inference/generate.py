@@ -22,8 +22,8 @@ from twostep.runtime.devices import Memory, Placement
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import tile, to_pil
 
-# Prompts that are encoded before the transformers are loaded, and remembered.
-_ENCODED_FIRST = 512
+# Prompts that are encoded before the transformers are loaded, and remembered: about 1 GB of them.
+_ENCODED_FIRST = 2048
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

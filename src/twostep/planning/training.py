@@ -120,8 +120,9 @@ def plan(
     needs, memory = measure(recipe, processes, prompt_tokens), int(memory_gib * 2**30)
     seconds = None
     if tflops is not None:
-        critic_turns = recipe.training.critic_turns
-        operations = needs.flops["student"] + critic_turns * needs.flops["critic"]
+        alone = recipe.training.critic_turns - recipe.training.joint_turns
+        both = needs.flops["joint" if recipe.training.joint_turns else "student"]
+        operations = both + alone * needs.flops["critic"]
         seconds = 1000 * operations / (tflops * 1e12 * processes)
     advice: list[str] = []
     if needs.peak > memory:
@@ -166,7 +167,10 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
             "warm-up": objectives.student.warmup,
             "student": objectives.student,
             "critic": objectives.critic,
+            "joint": objectives.joint,
         }
+        if not settings.joint_turns:
+            del turns["joint"]
         if not recipe.losses.warmup_turns:
             del turns["warm-up"]
         if recipe.score.fit_turns:
@@ -178,14 +182,13 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     trained = sum(r.parameters for r in held if r.gradients)
     averaged = sum(r.parameters for r in held if r.average)
     states = sum(r.optimizer * (1 if r.name == "critic" else shards) for r in held)
-    fitted = sum(p.numel() for p in roles.score.parameters())
     return Needs(
         roles=held,
         activations=activations,
         flops={name: found.flops * (settings.batch_size // rows) for name, found in runs.items()},
         peak=static + max(activations.values()) + _RESERVED_BYTES,
         cache=cache_bytes(recipe, folder, prompt_tokens),
-        checkpoint=4 * (trained + averaged + fitted) + states,
+        checkpoint=4 * (trained + averaged) + states,
         micro_batch=rows,
     )
 
@@ -264,8 +267,7 @@ def _run(
         autocast = recipe.training.autocast
         with torch.autocast("cpu", torch.bfloat16, autocast):
             found = turn(batch, Draws(0, 0, "student", device=CPU))
-        if found.terms:
-            found.loss.backward()
+        found.backward()
     return _Found(live.peak, live.operations)
 
 

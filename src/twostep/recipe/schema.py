@@ -61,6 +61,7 @@ class Score(_Section):
     learning_rate: Positive = Field(
         2e-4, description="while it is fitted; falls linearly over the second half"
     )
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="AdamW's, while it is fitted")
     caption_dropout: Fraction = Field(
         0.0,
         description="while it is fitted, the share of samples with the empty prompt in place of "
@@ -232,13 +233,27 @@ class Fake(_Section):
         "per_step", description="a fake for each step's images, or one for both"
     )
     learning_rate: Positive = Field(2e-4, description="of the fakes; decays with the student's")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.99), description="AdamW's, of the fakes, which learn by regression"
+    )
 
 
 class Critic(_Section):
-    """The discriminator's heads on hidden states of the frozen teacher."""
+    """The discriminator's heads on hidden states of a frozen network."""
+
+    network: Literal["teacher", "score"] = Field(
+        "teacher",
+        description="whose hidden states; with score and one_look, distribution matching and the "
+        "critic see a sample in one forward",
+    )
+    one_look: bool = Field(
+        False,
+        description="one noise level and one forward of the network for each sample serve both "
+        "steps and all who judge them; false: each draws its own",
+    )
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (2, 4), description="the teacher's blocks that a head looks at, from 0, ascending"
+        (2, 4), description="the network's blocks that a head looks at, from 0, ascending"
     )
     width: Count = Field(64, description="channels of each head")
     learning_rate: Positive = Field(1e-3, description="of the heads; decays with the student's")
@@ -268,6 +283,11 @@ class Training(_Section):
         description="samples at a time on each process, their gradients added up; empty: all",
     )
     critic_turns: Count = Field(1, description="fake and critic turns for each student turn")
+    joint_turns: bool = Field(
+        False,
+        description="the student's turn and the critic turn beside it are one, on one rollout; "
+        "with critic.paired half of it begins with cached noise, for the critic",
+    )
     critic_warmup_turns: Annotated[int, Field(ge=0)] = Field(
         20,
         description="fake and critic turns between the student's warm-up and its first turn with "
@@ -284,8 +304,10 @@ class Training(_Section):
         description="the student's rate when its warm-up begins, falling linearly to "
         "learning_rate at its end; empty: learning_rate throughout",
     )
-    betas: tuple[Fraction, Fraction] = Field(
-        (0.0, 0.99), description="AdamW's, of every trained role"
+    betas: tuple[Fraction, Fraction] | None = Field(
+        None,
+        description="AdamW's, of the student and the critic's heads; empty: 0 and 0.99 where a "
+        "critic judges, 0.9 and 0.99 where none does",
     )
     weight_decay: NonNegative = Field(0.0, description="of every trained role")
     max_gradient_norm: Positive = Field(
@@ -327,7 +349,19 @@ class Training(_Section):
         100, description="turns between validations; the best of them is the exported student"
     )
     validation_samples: Count = Field(
-        128, description="images of a validation, two a prompt; fewer than 64 tell little"
+        128,
+        description="images of a validation, two a prompt, from prompts that no turn learns from "
+        "(a quarter of the cache's at most); fewer than 64 tell little",
+    )
+    validation_scores: tuple[str, ...] = Field(
+        (),
+        description="scores of the validation's images beside the distance: ocr, clip, or "
+        "NAME=COMMAND of your own, as for evaluate --scores",
+    )
+    best_by: Literal["distance", "score"] = Field(
+        "distance",
+        description="which validation was the best: the one of the least distance to the teacher, "
+        "or of the highest first score",
     )
     save_every: Count = Field(200, description="turns between checkpoints")
     keep_checkpoints: Count = Field(2, description="the newest checkpoints that stay on disk")
@@ -395,6 +429,14 @@ class Recipe(_Section):
     @property
     def uses_critic(self) -> bool:
         return any(s.adversarial * s.weight > 0 for s in (self.losses.final, self.losses.step1))
+
+    @property
+    def betas(self) -> dict[str, tuple[float, float]]:
+        """AdamW's, by optimizer: no momentum where the other side of a game moves on."""
+        game = self.training.betas or ((0.0 if self.uses_critic else 0.9), 0.99)
+        return {
+            "student": game, "critic": game, "fake": self.fake.betas, "score": self.score.betas,
+        }  # fmt: skip
 
     @staticmethod
     def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

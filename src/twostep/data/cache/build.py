@@ -55,7 +55,8 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
     placement = Placement(device, getattr(torch, recipe.teacher.dtype))
     own = share.of(spec.shards)
     missing = find_missing(spec, own, repair=repair)
-    if missing or share.is_first:
+    finishes = share.is_first and (repair or missing != [] or not _has_manifest(spec))
+    if missing or finishes:
         spec.folder.mkdir(parents=True, exist_ok=True)
         encoded = EncodedPrompts.encode(spec, missing, placement, hidden=not share.is_first)
     count = sum(shard.count for shard in own)
@@ -65,18 +66,18 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
             velocity, *_ = spec.teacher.velocities(placement)
             build(spec, velocity, missing, encoded=encoded, device=device, on_samples=advance)
     shards = range(len(spec.shards))
-    if share.is_first:
-        left = list(shards)
+    left = list(shards)
 
-        def all_there() -> bool:
-            while left and check_shard(spec, left[-1], whole=False) is None:
-                left.pop()
-            return not left
+    def all_there() -> bool:
+        while left and check_shard(spec, left[-1], whole=False) is None:
+            left.pop()
+        return not left
 
-        wait_for(all_there, "the other processes")
+    wait_for(all_there, "the other processes")
+    if finishes:
         _finish(spec, encoded)
     else:
-        wait_for(lambda: spec.store.refresh(manifest), "the first process")
+        wait_for(partial(_has_manifest, spec), "the first process")
     return TeacherCache(spec, trusted=shards)
 
 
@@ -184,6 +185,16 @@ def _write_shard(
     }
     write_json(sidecar, record)
     spec.store.put(sidecar)
+
+
+def _has_manifest(spec: CacheSpec) -> bool:
+    """Whether the cache was finished, for this very recipe."""
+    path = spec.folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if spec.store.refresh(path) else {}
+        return bool(manifest["fingerprint"] == spec.fingerprint)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _finish(spec: CacheSpec, encoded: EncodedPrompts) -> None:

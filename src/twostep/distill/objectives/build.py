@@ -16,6 +16,7 @@ from twostep.method.critic import CriticHeads
 from twostep.models.adapters import SharedBackbone
 from twostep.models.compiling import allow_graphs, compile_blocks
 from twostep.models.folder import ModelFolder
+from twostep.models.int8 import pack_int8
 from twostep.models.velocity import Velocity
 from twostep.recipe.schema import Recipe
 from twostep.runtime.files import folder_fingerprint
@@ -42,7 +43,8 @@ def build_roles(
     """Loads the teacher and every other role.
 
     Student and fakes start from the teacher's weights, in fp32, unless the recipe names a student
-    to start from; the score is the teacher unless it names another model.
+    to start from; the score is the teacher unless it names another model, and full sets of fakes
+    then start from that.
 
     Args:
         load: how a network is loaded; whole and onto `device` if None.
@@ -62,7 +64,11 @@ def build_roles(
         own, trained = _full_roles(recipe, teacher, load, starts)
     score = trained.get("score", own)
     if score_folder is not None and score is own:
-        frozen = load(score_folder, "transformer", getattr(torch, recipe.teacher.dtype))
+        frozen = load(score_folder, "transformer", _frozen_dtype(recipe))
+        if recipe.student.weights == "lora" and recipe.student.backbone_dtype == "int8":
+            pack_int8(frozen)
+        if recipe.training.checkpoint_activations:
+            frozen.recompute_layers(recipe.training.checkpoint_share)
         score = _full(recipe, score_folder, frozen, trainable=False)
     heads = _heads(recipe, own.model.width)
     if device.type != "cpu":  # drawn on the CPU, so that every device has the same
@@ -74,8 +80,22 @@ def build_roles(
         first=first,
         second=trained.get("second", first),
         fakes=tuple(role for name, role in trained.items() if name.startswith("fake")),
-        critic=Critic(own, heads, recipe.critic.layers, teacher.family.patch),
+        critic=Critic(
+            score if recipe.critic.network == "score" else own,
+            heads,
+            recipe.critic.layers,
+            teacher.family.patch,
+        ),
     )
+
+
+def _frozen_dtype(recipe: Recipe) -> torch.dtype:
+    """Of frozen weights as they are loaded: with adapters a score is as large as the backbone."""
+    name = recipe.teacher.dtype
+    if recipe.student.weights == "lora":
+        name = "float32" if recipe.student.backbone_dtype == "float32" else "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _heads(recipe: Recipe, width: int) -> CriticHeads:
@@ -90,7 +110,7 @@ def _full_roles(
 ) -> tuple[Role, dict[str, Role]]:
     """The teacher's role, and the trained ones by name, each with weights of its own."""
     settings = recipe.training
-    frozen = load(teacher, "transformer", getattr(torch, recipe.teacher.dtype))
+    frozen = load(teacher, "transformer", _frozen_dtype(recipe))
     if settings.checkpoint_activations:
         # Frozen, but the critic's gradient goes through it.
         frozen.recompute_layers(settings.checkpoint_share)
@@ -120,7 +140,7 @@ def _adapter_roles(
     """The teacher's role, and the trained ones by name, all on one frozen backbone."""
     student, settings = recipe.student, recipe.training
     int8 = student.backbone_dtype == "int8"
-    dtype = torch.bfloat16 if int8 else getattr(torch, student.backbone_dtype)
+    dtype = _frozen_dtype(recipe)
     backbone = SharedBackbone(
         load(teacher, "transformer", dtype),
         names,
@@ -148,9 +168,11 @@ def _starts(recipe: Recipe, teacher: ModelFolder, score: ModelFolder | None) -> 
     if recipe.student.steps == "shared":
         del starts["second"]
     names = ("fake1", "fake2") if recipe.fake.models == "per_step" else ("fake1",)
-    starts |= dict.fromkeys(names, from_teacher)
+    # Where score and fake begin as one, the first differences are the student's.
+    trusted = (score or teacher, "transformer")
+    starts |= dict.fromkeys(names, trusted)
     if recipe.score.fit_turns:
-        starts["score"] = (score or teacher, "transformer")
+        starts["score"] = trusted
     return starts
 
 
