@@ -115,7 +115,8 @@ def measure(
         roles = build_roles(recipe, folder, device=CPU, load=load_weightless)
     shards = 1
     if recipe.distributed.sharding == "shard":
-        shards = recipe.distributed.shard_size or processes
+        # Beyond one machine, of 8, weights are gathered within it.
+        shards = recipe.distributed.shard_size or min(processes, 8)
     held = plan_roles(recipe, roles, shards)
     schedule = recipe_schedule(recipe, folder)
     sizes, size = recipe.data.sizes, (recipe.data.height, recipe.data.width)

@@ -123,7 +123,8 @@ class Distributed(Section):
         "replicate", description="whole weights in every process, or FSDP2: a part in each"
     )
     shard_size: Count | None = Field(
-        None, description="processes that share one set of weights; empty: all (fewer is HSDP)"
+        None,
+        description="processes that share one set of weights (HSDP); empty: those of one machine",
     )
     cpu_offload: bool = Field(
         False, description="with shard: weights, gradients and optimizer states in CPU memory"
