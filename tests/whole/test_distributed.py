@@ -31,7 +31,8 @@ from twostep.families.family import PromptBatch
 from twostep.method.schedule import Schedule
 from twostep.models.compiling import compile_blocks
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import Recipe, Training
+from twostep.recipe.schema import Recipe
+from twostep.recipe.training import Training
 from twostep.runtime.distributed import World, gathered
 
 Make = Callable[..., Recipe]
