@@ -42,7 +42,7 @@ class AdapterSwitch:
         self.layers: dict[str, Any] = {
             key: layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
-        self.active: str | None = None
+        self.active: str | None = None  # nothing yet
         self.activate("")
 
     def activate(self, name: str) -> None:
