@@ -50,7 +50,7 @@ def recipe_for(scale: Scale, *, device: str, depth: int, model: Path, out: Path)
         "teacher": {"model": str(model), "steps": 8, "dtype": "bfloat16"},
         "score": {"fit_turns": 2},
         "data": {
-            "prompts": "parti", "prompt_count": 32 if gpu else 8,
+            "prompts": "parti", "prompt_count": 8,
             "height": size, "width": size, "samples_per_file": 8, "cache": str(out / "cache"),
         },
         "student": {
@@ -161,6 +161,8 @@ def main(
         int | None, typer.Option(help="of the transformer, fewer than it has")
     ] = None,
     text_layers: Annotated[int | None, typer.Option(help="of the text encoder")] = None,
+    prompts: Annotated[int, typer.Option(help="that the teacher paints")] = 8,
+    teacher_steps: Annotated[int, typer.Option(help="fewer for a slow CPU")] = 8,
     lora: Annotated[bool, typer.Option(help="export to LoRA, too: hours of SVD on a CPU")] = False,
     keep: Annotated[bool, typer.Option(help="leave the folder of weights there")] = False,
     out: Annotated[Path, typer.Option(help="for weights, runs and results")] = Path(
@@ -188,6 +190,7 @@ def main(
     settings = recipe_for(
         "small" if small else "real", device=device, depth=depth, model=model, out=out
     )
+    settings["data"]["prompt_count"], settings["teacher"]["steps"] = prompts, teacher_steps
     recipe.write_text(yaml.safe_dump(settings))
     rehearsal = Rehearsal(out, facts)
     size = str(settings["data"]["height"])
