@@ -27,7 +27,8 @@ from twostep.models.student import save_student
 from twostep.planning.generation import generation_needs
 from twostep.planning.training import measure, plan
 from twostep.planning.weightless import open_weightless
-from twostep.recipe.schema import Recipe, Student
+from twostep.recipe.models import Student
+from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import Memory, Placement
 from twostep.runtime.memory_meter import gradients_dropped, live_bytes, weight_bytes
 
@@ -228,8 +229,9 @@ def test_generation_needs_are_those_of_a_real_run(
     prompts = PromptBatch.collate([torch.randn(20, 32)] * 2)
     noise = seeded_noise([0, 1], (8, 8, 8))
     found = generation_needs(
-        str(tiny_folder), "two_sets", memory, (32, 32), 2, 20, dtype=torch.float32
-    )
+        str(tiny_folder), "two_sets", memory, (32, 32),
+        batch_size=2, prompt_tokens=20, dtype=torch.float32,
+    )  # fmt: skip
     assert sampler.is_student
     assert found.transformers == weight_bytes(sampler.velocities[0], sampler.velocities[1])
     assert found.decoder == weight_bytes(sampler.decoder.vae)

@@ -103,7 +103,7 @@ def test_validation_pictures_and_the_student_are_planned_as_they_come(recipe: Re
     with ShapesOnly():
         for role in roles.by_name().values():
             make_fake(role.model)
-        planned = count_validation(recipe, folder, roles, schedule, tokens)
+        planned = count_validation(recipe, folder, roles, schedule=schedule, prompt_tokens=tokens)
         weights, decoding = count_decoding(folder, (32, 32), 3, Placement(CPU))
     with live_bytes() as live:
         seen = validator.measure()

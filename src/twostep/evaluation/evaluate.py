@@ -24,6 +24,7 @@ from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_json
+from twostep.runtime.images import pictures_at_once
 from twostep.runtime.processes import Share, wait_for
 from twostep.runtime.progress import progress_bar
 from twostep.runtime.provenance import stamp
@@ -42,7 +43,7 @@ class EvaluationRequest:
         scores: scorers' names.
         halves: random halves of the prompts behind each interval; 0 for no intervals.
         size: (height, width) in pixels.
-        timed: images in the batch that is timed; 0 for no timing.
+        timed: images in the batch that is timed, fewer where they are large; 0 for no timing.
         options: how every model is held, and where.
     """
 
@@ -243,7 +244,8 @@ def _of_model(entry: Entry, result: Mapping[str, dict[str, Any]]) -> dict[str, A
 
 
 def _time(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
-    prompts, count = request.prompts, min(request.timed, len(request.prompts))
+    prompts = request.prompts
+    count = min(request.timed, len(prompts), pictures_at_once(*request.size))
     result = {}
     for entry in request.entries:
         sampler = request.options.load(ModelFolder.open(entry.model), [])
