@@ -220,6 +220,23 @@ def serve_tables(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note, "", beside_it])
 
 
+def rehearsal_table(results: dict[str, Any]) -> str:
+    """One row per stage of benchmarks/rehearsal.py: planned and measured."""
+    lines = ["| stage | planned, GiB | measured, GiB | ratio | seconds |", "|---|---|---|---|---|"]
+    for stage in results["stages"]:
+        lines.append(
+            f"| {stage['name']} | {stage['planned'] / 2**30:.2f} | {stage['measured'] / 2**30:.2f} "
+            f"| {stage['ratio']:.2f} | {stage['seconds']:.1f} |"
+        )
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; {results['layers']} layers of the transformer's width, the folder of "
+        f"{results['folder_bytes'] / 1e9:.1f} GB written in {results['folder_seconds']:.0f} s. "
+        "On a CPU both are resident memory, the interpreter's included."
+    )
+    return "\n".join([*lines, "", note])
+
+
 MEMORY = DOCS / "results" / "memory.json"
 INFERENCE = DOCS / "inference.md"
 ABLATION = DOCS / "results" / "ablation.json"
