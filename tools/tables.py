@@ -196,6 +196,64 @@ def style_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def serve_tables(results: dict[str, Any]) -> str:
+    """Closed and open load of benchmarks/serve.py, then its faults."""
+    cases, batch = results["cases"], results["batch"]
+    own = cases["sampler"]
+    lines = [
+        "| load | pictures/s | of the sampler's | CPU ms a picture | p50, ms | p95 | p99 | "
+        "preview p50, ms | p95 |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| the sampler alone, batch {batch} | {own['rate']:.1f} | 100% | {1e3 * own['cpu']:.1f} "
+        "| | | | | |",
+    ]
+    if alone := cases.get("sampler 1"):
+        lines.append(
+            f"| the sampler alone, batch 1 | {alone['rate']:.1f} | "
+            f"{100 * alone['rate'] / own['rate']:.0f}% | {1e3 * alone['cpu']:.1f} | | | | | |"
+        )
+
+    def row(name: str, case: dict[str, Any]) -> None:
+        times = [case["latency"], case["preview"]]
+        cells = [f"{times[0][p]:.0f}" for p in ("p50", "p95", "p99")]
+        cells += [f"{times[1][p]:.0f}" if times[1] else "" for p in ("p50", "p95")]
+        lines.append(
+            f"| {name} | {case['rate']:.1f} | {100 * case['rate'] / own['rate']:.0f}% | "
+            f"{1e3 * case['cpu']:.1f} | {' | '.join(cells)} |"
+        )
+
+    for number in results["clients"]:
+        who = f"{number} client{'s' if number > 1 else ''}"
+        row(who, cases[f"{number} plain"])
+        row(f"{who}, previews", cases[f"{number} preview"])
+        row(f"{who}, diffusers without batches", cases[f"{number} peer"])
+    for share in (0.5, 0.8):
+        case = cases[f"open {share}"]
+        row(f"by chance, {case['asked_rate']:.1f} requests/s", case)
+    flood, beside, faults = cases["flood"], cases["misbehaving"], results["faults"]
+    grown = (flood["memory_after"] - flood["memory_before"]) / 2**20
+    answered = ", ".join(f"{count} of {status}" for status, count in faults["fuzzed"].items())
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; the embedded student at {results['size']} pixels, "
+        f"`--max-batch {batch}`, clients on the same cores; {results['seconds']:g} s a load, the "
+        f"best of {results['rounds']} rounds, those of the peer (`ZImagePipeline` at two steps) "
+        "and of chance once."
+    )
+    beside_it = (
+        f"**Flood**, {flood['asked_rate']:.0f} requests/s for {results['seconds']:g} s: "
+        f"{flood['statuses'].get('200', 0)} served at {flood['rate']:.1f} a second, "
+        f"{flood['statuses'].get('429', 0)} refused (p50 {flood['refusal']['p50']:.0f} ms, p99 "
+        f"{flood['refusal']['p99']:.0f} ms), memory {grown:+.0f} MiB, the next request answered in "
+        f"{flood['first_after_ms']:.0f} ms. **Beside 50 slow bodies and 100 clients that vanish** "
+        f"one good client has {beside['rate']:.1f} pictures/s (p95 {beside['latency']['p95']:.0f} "
+        f"ms). **200 fuzzed bodies**: {answered}; {faults['oversized'].get('413', 0)} of 20 "
+        f"oversized ones 413, {faults['wrong_key'].get('401', 0)} of 50 wrong keys 401; after them "
+        f"it serves on, and ends with exit code {faults['exit_code']}."
+    )
+    return "\n".join([*lines, "", note, "", beside_it])
+
+
 MEMORY = DOCS / "results" / "memory.json"
 INFERENCE = DOCS / "inference.md"
 ABLATION = DOCS / "results" / "ablation.json"
@@ -207,6 +265,7 @@ TABLES = {
     "compiled": (INFERENCE, DOCS / "results" / "generate-compiled.json", generate_table),
     "memory": (INFERENCE, MEMORY, memory_table),
     "kinds": (INFERENCE, MEMORY, kinds_table),
+    "serve": (DOCS / "serving.md", DOCS / "results" / "serve.json", serve_tables),
     "student": (RESULTS, DOCS / "results" / "emoji-student.json", student_table),
     "style": (DOCS / "z-image.md", DOCS / "results" / "style.json", style_table),
     "study": (RESULTS, ABLATION, study_facts),

@@ -31,7 +31,8 @@ from twostep.method.rollout import seeded_noise
 from twostep.models.adapters import AdapterVelocity, SharedBackbone
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
-from twostep.recipe.schema import Recipe, Student
+from twostep.recipe.models import Student
+from twostep.recipe.schema import Recipe
 from twostep.runtime.files import write_json
 from twostep.runtime.provenance import stamp
 

@@ -327,6 +327,24 @@ def test_rates_fall_over_the_warm_up_and_at_the_end(make_recipe: Make) -> None:
     )
 
 
+def test_rates_rise_at_the_beginning_each_in_its_own_turns(make_recipe: Make) -> None:
+    training = {"rate_warmup_turns": 4, "critic_warmup_turns": 2, "learning_rate_decay": 0.0}
+    trainer = trainer_of(make_recipe(losses={"warmup_turns": 0}, training=training))
+    seen: dict[str, list[float]] = {"student": [], "fake": [], "critic": []}
+    for name, purpose in (("fake", "critic"), ("critic", "critic"), ("student", "student")):
+        optimizer = trainer.updates[purpose].optimizers[name]
+
+        def note(opt: Any, *_: Any, name: str = name) -> None:
+            seen[name].append(opt.param_groups[0]["lr"])
+
+        optimizer.register_step_pre_hook(note)
+    for _ in range(3):
+        trainer.turn()
+    assert seen["student"] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4])
+    assert seen["fake"] == pytest.approx([0.5e-4, 1e-4, 1.5e-4, 2e-4, 2e-4])
+    assert seen["critic"] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+
+
 def test_fake_follows_the_student(make_recipe: Make) -> None:
     """Flow matching on a frozen student's samples brings the fake's loss down."""
     trainer = trainer_of(make_recipe(fake={"learning_rate": 2e-3}, training={"batch_size": 8}))

@@ -86,7 +86,7 @@ def test_prompt_file(tmp_path: Path) -> None:
 def test_images_are_resumed_and_equal_a_run_in_one_go(
     tiny_folder: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twostep.evaluation.image_store._PART", 4)
+    monkeypatch.setattr("twostep.evaluation.image_store.PART", 4)
     prompts = PromptSet.load("emoji", 12)
     entry = Entry("student", "student", str(student))
     assert entry.key == "student_2"

@@ -23,7 +23,7 @@ FLOORS = [
     ["models"],
     ["inference"],
     ["data"],
-    ["evaluation"],
+    ["evaluation", "serving"],
     ["distill", "exports"],
     ["planning"],
     ["cli"],

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from twostep.cli import demo, evaluate, export, pictures, recipes, schema, train
+from twostep.cli import demo, evaluate, export, pictures, recipes, schema, serve, train
 from twostep.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.callback()(schema.version)
 for command in (
     train.teach, train.distill, train.plan,
     pictures.generate, pictures.compare,
+    serve.serve,
     evaluate.evaluate,
     export.export, export.assemble, export.average,
     demo.demo,

@@ -200,7 +200,6 @@ class Trainer:
         """A student turn, after the critic turns that go before it; what to log of it."""
         settings, progress = self.recipe.training, self.progress
         warming = progress.turn < self.recipe.losses.warmup_turns
-        self.set_rates()
         logged: dict[str, Tensor] = {}
         with self._counting("evaluations"):
             if not warming:
@@ -215,12 +214,19 @@ class Trainer:
         return {key: float(value) for key, value in logged.items()}
 
     def set_rates(self) -> None:
-        """The learning rates of the next student turn."""
-        now = rates(self.recipe, turn=self.progress.turn, share_done=self._share_done)
+        """The learning rates of the next turn."""
+        progress = self.progress
+        now = rates(
+            self.recipe,
+            turn=progress.turn,
+            critic_turn=progress.critic_turn,
+            share_done=self._share_done,
+        )
         self.updates["joint"].set_rates(now)
 
     def critic_step(self) -> dict[str, Tensor]:
         """One update of fakes and critic; their terms."""
+        self.set_rates()
         number = self.progress.critic_turn
         self.progress.critic_turn += 1
         terms, _ = self.updates["critic"](self.objectives.critic, number)
@@ -228,6 +234,7 @@ class Trainer:
 
     def student_step(self, *, warming: bool) -> dict[str, Tensor]:
         """One update of the student; its terms."""
+        self.set_rates()
         if self.recipe.training.joint_turns and not warming:
             terms, accepted = self.updates["joint"](self.objectives.joint, self.progress.turn)
             self.progress.critic_turn += 1

@@ -1,6 +1,6 @@
 """A model's images on disk, as 8-bit pixels: made once, resumable, shared by processes.
 
-A set is a folder with one `part-00000.safetensors` for every `_PART` images: `images` and, for a
+A set is a folder with one `part-00000.safetensors` for every `PART` images: `images` and, for a
 student, `previews` (what step 1 points to), uint8 (B, 3, H, W). The file's metadata says what it
 was made with.
 """
@@ -28,7 +28,7 @@ from twostep.runtime.files import write_atomically
 from twostep.runtime.images import to_bytes
 from twostep.runtime.processes import ALONE, Share
 
-_PART = 64
+PART = 64
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class ImageStore:
         settings: list[Any] = [entry.steps, entry.guidance_scale, entry.reference, *size]
         if memory == "int8":  # others give the same pictures
             settings.append(memory)
-        text = json.dumps([weights, settings, prompts.fingerprint, _PART])
+        text = json.dumps([weights, settings, prompts.fingerprint, PART])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def parts(self) -> list[slice]:
         """The images of each part."""
         total = len(self.prompts)
-        return [slice(i, min(i + _PART, total)) for i in range(0, total, _PART)]
+        return [slice(i, min(i + PART, total)) for i in range(0, total, PART)]
 
     def missing(self, share: Share = ALONE) -> list[int]:
         """Parts of `share` that are still to be made."""

@@ -89,11 +89,15 @@ class Sampler:
 
     def compile(self) -> None:
         """Compiles transformers and decoder: the first picture of a size and batch takes long."""
+        self.compile_velocities()
+        self.decoder.vae.decoder.compile(dynamic=False)
+
+    def compile_velocities(self) -> None:
+        """Compiles the transformers alone, where another model's decoder is shared."""
         allow_graphs()
         for module in self.velocities:
             assert isinstance(module, nn.Module)
             module.compile(dynamic=False)
-        self.decoder.vae.decoder.compile(dynamic=False)
 
     def modules(self) -> list[nn.Module]:
         """Everything that runs between a prompt and its picture."""

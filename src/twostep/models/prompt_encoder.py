@@ -113,8 +113,13 @@ class PromptEncoder:
             self._cache.popitem(last=False)
         return embeds
 
-    def _encode(self, prompts: list[str], max_length: int) -> list[Tensor]:
-        texts = [
+    def count_tokens(self, prompt: str, max_length: int = 512) -> int:
+        """Tokens of a prompt's embedding; needs no text encoder."""
+        texts = self._templated([prompt])
+        return len(self.tokenizer(texts, max_length=max_length, truncation=True).input_ids[0])
+
+    def _templated(self, prompts: Sequence[str]) -> list[str]:
+        return [
             self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 tokenize=False,
@@ -123,6 +128,9 @@ class PromptEncoder:
             )
             for prompt in prompts
         ]
+
+    def _encode(self, prompts: list[str], max_length: int) -> list[Tensor]:
+        texts = self._templated(prompts)
         batch = self.tokenizer(
             texts, padding=True, max_length=max_length, truncation=True, return_tensors="pt"
         ).to(self.text_encoder.device)

@@ -61,10 +61,6 @@ def _lora_fits(recipe: Recipe) -> None:
             "losses.consistency needs student.steps: shared, since one network must "
             f"answer at every noise level; got {student.steps}"
         )
-    if student.weights == "lora" and student.init is not None:
-        raise ValueError(
-            "student.init is not available with student.weights: lora, whose adapters start at zero"
-        )
 
 
 def _sharding_fits(recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from twostep.models.adapters import SharedBackbone
 from twostep.models.compiling import allow_graphs, compile_blocks
 from twostep.models.folder import ModelFolder
 from twostep.models.int8 import pack_int8
+from twostep.models.student import STEPS
 from twostep.models.velocity import Velocity
 from twostep.recipe.schema import Recipe
 from twostep.runtime.files import folder_fingerprint
@@ -130,7 +131,7 @@ def _full(recipe: Recipe, folder: ModelFolder, model: Any, *, trainable: bool) -
         compile_blocks(folder.family.blocks(model))
     elif recipe.training.compile:
         allow_graphs()
-        velocity = torch.compile(model, fullgraph=True, dynamic=False)
+        velocity = torch.compile(model, fullgraph=True)
     return Role.full(model, trainable=trainable, velocity=velocity)
 
 
@@ -150,6 +151,7 @@ def _adapter_roles(
         original=partial(teacher.load, "transformer", dtype),
         int8=int8,
     )
+    _start_adapters(recipe, backbone)
     if settings.compile:
         compile_blocks(teacher.family.blocks(backbone.model))
     if settings.checkpoint_activations:
@@ -161,7 +163,7 @@ def _starts(recipe: Recipe, teacher: ModelFolder, score: ModelFolder | None) -> 
     """By trained role, the weights it starts from."""
     from_teacher = (teacher, "transformer")
     starts = {"first": from_teacher, "second": from_teacher}
-    if recipe.student.init is not None:
+    if recipe.student.init is not None and recipe.student.weights == "full":
         student = ModelFolder.open(recipe.student.init)
         starts = {"first": (student, "transformer"), "second": (student, "transformer_2")}
         _check_start(student, teacher, shared=recipe.student.steps == "shared")
@@ -174,6 +176,27 @@ def _starts(recipe: Recipe, teacher: ModelFolder, score: ModelFolder | None) -> 
     if recipe.score.fit_turns:
         starts["score"] = trusted
     return starts
+
+
+def _start_adapters(recipe: Recipe, backbone: SharedBackbone) -> None:
+    """The student's adapters from two LoRA files, where the recipe names some."""
+    if recipe.student.init is None:
+        return
+    student = ModelFolder.open(recipe.student.init)
+    if student.kind != "lora_pair":
+        raise RecipeError(
+            f"student.init: {student.name} is no folder of two LoRA files, as student.weights: "
+            "lora needs; twostep export --to lora makes one"
+        )
+    files = [student.path / f"{step}.safetensors" for step in STEPS]
+    if recipe.student.steps == "shared" and len({f.read_bytes() for f in files}) > 1:
+        raise RecipeError(
+            f"student.init: the two steps of {student.name} differ, student.steps: shared "
+            "needs them equal"
+        )
+    shared = recipe.student.steps == "shared"
+    for name, file in zip(STEPS[: 2 - shared], files, strict=False):
+        backbone.start(name, file)
 
 
 def _check_start(student: ModelFolder, teacher: ModelFolder, *, shared: bool) -> None:

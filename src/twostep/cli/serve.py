@@ -1,0 +1,137 @@
+"""`twostep serve`: models behind an OpenAI-style endpoint, with a page."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from twostep.cli.arguments import (
+    DeviceOption,
+    parse_device,
+    parse_memory,
+    parse_model,
+    parse_size,
+)
+from twostep.cli.console import note, quiet
+from twostep.errors import InputError, missing_extra
+
+if TYPE_CHECKING:
+    from twostep.serving.served_model import ModelChoice
+
+_DEMO = ("zoo:emoji-student", "zoo:emoji-teacher")
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="[NAME=]MODEL[@STEPS], a folder, zoo:NAME or a hub id; may be repeated"),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="the embedded student and its teacher")
+    ] = False,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; others than this machine's need keys")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one")] = 8000,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="a file of bearer keys, one a line; also the variable TWOSTEP_API_KEY"),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="pixels where a request names none: SIDE or WIDTHxHEIGHT (1024)"),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="pictures in a batch")] = 8,
+    batch_wait: Annotated[
+        float, typer.Option(min=0, help="milliseconds that a batch waits for more under load")
+    ] = 4,
+    queue: Annotated[int, typer.Option(min=1, help="pictures that may wait; more get 429")] = 64,
+    deadline: Annotated[float, typer.Option(min=0.1, help="seconds for a request; then 504")] = 60,
+    max_pixels: Annotated[int, typer.Option(min=1, help="of one picture")] = 2048 * 2048,
+    max_prompt: Annotated[int, typer.Option(min=1, help="characters of a prompt")] = 4000,
+    memory: Annotated[
+        str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
+    ] = "plain",
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id"),
+    ] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="compile the models: a slow start, faster steps")
+    ] = False,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="write prompts into the log")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Serve models over HTTP: OpenAI's images API, a stream with step 1's preview, a page.
+
+    Example: twostep serve --demo
+
+    A student and its teacher: twostep serve --model runs/x/student --model teacher=FOLDER@8
+    """
+    try:
+        from twostep.serving import served_model
+        from twostep.serving.app import AppOptions
+        from twostep.serving.keys import Keys
+        from twostep.serving.requests import Limits
+        from twostep.serving.server import ServerOptions, check_open
+        from twostep.serving.server import serve as run
+    except ImportError as error:
+        raise missing_extra("serve", error, option="serve") from error
+    from twostep.runtime.devices import Placement
+
+    if demo and model:
+        raise InputError("--demo: serves the embedded models, give it or --model")
+    options = ServerOptions(
+        host=host, port=port, line=queue, max_batch=max_batch, batch_wait=batch_wait / 1000,
+        app=AppOptions(
+            limits=Limits(
+                prompt_characters=max_prompt, pixels=max_pixels, deadline=deadline,
+                body_bytes=max(64 * 1024, 16 * max_prompt),
+            ),
+            keys=Keys.read(api_keys, os.environ),
+            log_prompts=log_prompts,
+            drain_seconds=deadline,
+        ),
+    )  # fmt: skip
+    check_open(options)
+    quiet()
+    holding = served_model.HoldingOptions(
+        Placement.on(parse_device(device), parse_memory(memory)), tiny_decoder=decoder,
+        prompt_cache=prompt_cache, compiled=compiled, max_batch=max_batch,
+    )  # fmt: skip
+    opened = served_model.open_models(
+        [parse_choice(text) for text in (_DEMO if demo else model or [])],
+        size=None if size is None else parse_size(size),
+    )
+    run(
+        lambda: served_model.load_models(opened, holding),
+        {each.offer.name: each.offer for each in opened},
+        options,
+        on_ready=lambda url: note(f"ready at [bold]{url}[/]; Ctrl-C ends"),
+    )
+
+
+def parse_choice(text: str) -> ModelChoice:
+    """A model to serve, from "[NAME=]MODEL[@STEPS]"; its name is the folder's unless given.
+
+    Raises:
+        InputError: if what follows the last @ is no positive number.
+    """
+    from twostep.serving.served_model import ModelChoice
+
+    match = re.fullmatch(r"([\w.-]+)=(.+)", text, flags=re.S)
+    name, rest = (match[1], match[2]) if match else (None, text)
+    folder, steps = parse_model(rest)
+    if name is None:
+        name = Path(folder.removeprefix("zoo:")).name
+        name = name if steps is None else f"{name}@{steps}"
+    return ModelChoice(name, folder, steps)

@@ -1,0 +1,133 @@
+"""The process: a socket, uvicorn, and an end that loses no picture."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+
+import uvicorn
+
+from twostep.errors import InputError
+from twostep.runtime.signals import catch_signals
+from twostep.serving.app import AppOptions, create_app
+from twostep.serving.catalogue import Catalogue
+from twostep.serving.engine import Engine
+from twostep.serving.jobs import StepModel
+from twostep.serving.logs import log, log_error, log_to_stderr
+from twostep.serving.metrics import Metrics
+
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where it listens, and how it makes batches.
+
+    Attributes:
+        port: 0 for a free one.
+        line, max_batch, batch_wait: as `Engine` has them.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    line: int = 64
+    max_batch: int = 8
+    batch_wait: float = 0.004
+    app: AppOptions = field(default_factory=AppOptions)
+
+
+def check_open(options: ServerOptions) -> None:
+    """Raises InputError if others than this machine could come in without a key."""
+    if not is_loopback(options.host) and not options.app.keys:
+        raise InputError(
+            f"--host: {options.host} can be reached from other machines, which needs keys: "
+            "--api-keys FILE or the variable TWOSTEP_API_KEY"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(
+    load: Callable[[], Mapping[str, StepModel]],
+    catalogue: Catalogue,
+    options: ServerOptions,
+    *,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serves until SIGTERM or SIGINT; then takes no more, and ends with the last picture.
+
+    Args:
+        load: gives the models, warmed up.
+        on_ready: called with the address once pictures can be made.
+
+    Raises:
+        InputError: if the address cannot be listened on.
+        Exception: what `load` raised.
+    """
+    check_open(options)
+    log_to_stderr()
+    metrics = Metrics()
+    engine = Engine(
+        load, line=options.line, max_batch=options.max_batch, batch_wait=options.batch_wait,
+        observer=metrics,
+    )  # fmt: skip
+    app_options = options.app
+    if not app_options.keys:
+        hosts = {*_LOOPBACK, options.host.lower()}
+        app_options = replace(app_options, hosts=hosts)
+    listening = _listen(options)
+    port = listening.getsockname()[1]
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(engine, catalogue, metrics=metrics, options=app_options),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            ws="none",
+            timeout_keep_alive=10,
+            timeout_graceful_shutdown=int(app_options.drain_seconds) + 1,
+        )
+    )
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"http://{host}:{port}"
+
+    def watch() -> None:
+        if engine.wait_ready():
+            log("ready", url=url, models=list(catalogue))
+            on_ready(url)
+        elif engine.error is not None:
+            server.should_exit = True
+
+    threading.Thread(target=watch, daemon=True).start()
+    log("starting", url=url, models=list(catalogue))
+    with catch_signals():  # uvicorn raises them again when it has ended
+        server.run(sockets=[listening])
+    log("ended")
+    if engine.error is not None:
+        if not isinstance(engine.error, InputError):
+            log_error("the models cannot be loaded", engine.error)
+        raise engine.error
+
+
+def _listen(options: ServerOptions) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise InputError(f"--port: {where} cannot be listened on: {error.strerror}") from error
+    return listening

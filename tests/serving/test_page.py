@@ -1,0 +1,197 @@
+"""The page in a real browser, over the demo's server: what a visitor does, and how it looks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving_fakes import until
+from serving_process import Served
+
+# Where set, screenshots are kept there to be looked at.
+SHOTS = os.environ.get("TWOSTEP_SCREENSHOTS")
+RECORD = """
+window.states = [];
+new MutationObserver((changes) => {
+  for (const { target } of changes) {
+    if (target.dataset?.state) window.states.push(target.dataset.state);
+  }
+}).observe(document, { subtree: true, attributes: true, attributeFilter: ["data-state"] });
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    executable = shutil.which("chromium")
+    if executable is None:
+        reason = "no `chromium` on PATH: apt-get update && apt-get install -y chromium"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def demo(browser: Any) -> Iterator[Served]:
+    server = Served("--demo")
+    yield server
+    server.end()
+
+
+class Visit:
+    """A page, what it complained of, and which servers it asked."""
+
+    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+        self.context = browser.new_context(
+            **{"locale": "en-US", "accept_downloads": True} | options
+        )
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.problems: list[str] = []
+        self.hosts: set[str] = set()
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", self._note)
+        self.page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
+        self.page.add_init_script(RECORD)
+        self.page.goto(url)
+        self.page.wait_for_selector("#examples button")
+
+    def _note(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.problems.append(message.text)
+
+    def until(self, condition: str) -> None:
+        """Waits for what a script says; the page's policy allows no `wait_for_function`."""
+        until(lambda: self.page.evaluate(condition), seconds=20)
+
+    def shot(self, name: str, tmp_path: Path) -> np.ndarray:
+        path = Path(SHOTS or tmp_path) / f"{name}.png"
+        self.page.screenshot(path=path, full_page=True)
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"), dtype=np.int64)
+
+    def end(self) -> None:
+        self.context.close()
+        assert self.problems == []
+        assert len({host for host in self.hosts if host}) == 1
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_visit(browser: Any, demo: Served, tmp_path: Path) -> None:
+    visit = Visit(browser, demo.url, viewport={"width": 1280, "height": 900})
+    page = visit.page
+    assert "toy" in page.inner_text("#toy")
+    page.click("#examples button >> nth=2")
+    assert page.input_value("#prompt") == "三枚火箭，橙色背景"
+    page.click("#examples button >> nth=0")
+    # The dice, then a seed of one's own.
+    seeds = {page.input_value("#seed")}
+    page.click("#dice")
+    assert page.input_value("#seed") not in seeds
+    page.fill("#seed", "7")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".card[data-state=done]")
+    assert page.evaluate("states.filter((s, i) => s !== states[i - 1])")[:2] == ["preview", "done"]
+    assert "preview" in page.inner_text(".card .clock")
+    assert page.evaluate("document.querySelector('.card img.shown + img').naturalWidth") == 64
+    assert visit.shot("desktop-one", tmp_path).std() > 10
+
+    # Several at once: seeds ascending, each in the gallery.
+    page.click("[data-preset=four]")
+    page.click("#go")
+    visit.until("document.querySelectorAll('.card[data-state=done]').length === 4")
+    visit.until("document.querySelectorAll('#gallery li').length === 5")
+    assert {"seed 7", "seed 8", "seed 9", "seed 10"} <= {
+        text.lower().split(" · ")[-1] for text in page.locator("#gallery small").all_inner_texts()
+    }
+
+    # 2 against 8 from equal noise, both clocks, the slider.
+    page.check("input[value=pair]", force=True)
+    page.fill("#seed", "3")
+    page.click("#go")
+    page.wait_for_selector("#slider:not([hidden])")
+    assert page.locator(".card[data-state=done] .clock").count() == 2
+    titles = page.locator(".card figcaption b").all_inner_texts()
+    assert titles == ["emoji-student · 2 steps", "emoji-teacher · 8 steps"]
+    page.locator("#share").fill("25")
+    assert page.evaluate("getComputedStyle(over).getPropertyValue('--share')") == "25%"
+    visit.shot("desktop-pair", tmp_path)
+
+    # A PNG that was made here brings its settings back.
+    with page.expect_download() as saved:
+        page.locator("#gallery li >> nth=-1").locator("button >> nth=1").click()
+    made = tmp_path / "made.png"
+    saved.value.save_as(made)
+    page.fill("#prompt", "something else")
+    page.fill("#seed", "1")
+    page.set_input_files("#file", str(made))
+    visit.until("document.getElementById('seed').value === '7'")
+    assert page.input_value("#prompt") == "two cats on a red background"
+    other = tmp_path / "other.png"
+    Image.new("RGB", (8, 8)).save(other)
+    page.set_input_files("#file", str(other))
+    visit.until("document.getElementById('status').textContent.includes('no settings')")
+    visit.end()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_on_a_phone_in_chinese_and_dark_and_a_cancel(
+    browser: Any, demo: Served, tmp_path: Path
+) -> None:
+    visit = Visit(
+        browser, demo.url, locale="zh-CN", color_scheme="dark", has_touch=True, is_mobile=True,
+        viewport={"width": 390, "height": 844},
+    )  # fmt: skip
+    page = visit.page
+    assert page.inner_text("#go").startswith("生成")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.click("#go")
+    page.wait_for_selector(".card[data-state=done]")
+    pixels = visit.shot("phone-zh-dark", tmp_path)
+    assert pixels[2, 2].max() < 60  # dark paper
+    page.click("#theme")
+    assert visit.shot("phone-zh-light", tmp_path)[2, 2].min() > 200
+    page.click("#language")
+    assert page.inner_text("#go").startswith("Make")
+    # The teacher's eight steps are long enough to cancel in.
+    page.select_option("#model", "emoji-teacher")
+    page.evaluate("count.value = 8")
+    page.click("#go")
+    page.click("#cancel")
+    visit.until("document.getElementById('status').textContent === 'cancelled'")
+    assert page.locator(".card[data-state=cancelled]").count() > 0
+    assert page.is_enabled("#go")
+    visit.end()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_key_is_asked_for_and_used(browser: Any) -> None:
+    server = Served("--model", "zoo:emoji-student", TWOSTEP_API_KEY="a-key-for-the-page")
+    try:
+        visit = Visit(browser, server.url)
+        page = visit.page
+        assert "key" in page.inner_text("#trouble")
+        page.fill("#key", "a-key-for-the-page")
+        page.press("#key", "Tab")
+        page.wait_for_selector("#model option", state="attached")
+        assert page.is_hidden("#pair-mode")  # no teacher here
+        page.click("#go")
+        page.wait_for_selector(".card[data-state=done]")
+        visit.problems = [each for each in visit.problems if "401" not in each]
+        visit.end()
+    finally:
+        server.end()
