@@ -162,6 +162,40 @@ def kinds_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+STYLE = {
+    "teacher_8": "teacher, 8 steps",
+    "painted": "its pictures with a painted frame, through the VAE",
+    "tuned_8": "teacher and LoRA, 8 steps",
+    "tuned_2": "teacher and LoRA, 2 steps, untrained",
+    "student_2": "student of teacher and LoRA, 2 steps",
+    "shipped_2": "shipped student (no LoRA), 2 steps",
+}
+
+
+def style_table(results: dict[str, Any]) -> str:
+    """One row per model of studies/style/run.py."""
+    lines = [
+        "| | brightness of the frame | less teacher and LoRA at 8 steps | accuracy |",
+        "|---|---|---|---|",
+    ]
+    for key, name in STYLE.items():
+        cells = [
+            f"{results['models'][key][figure]['mean']:.3f} ± "
+            f"{results['models'][key][figure]['interval']:.3f}"
+            for figure in ("frame", "from_tuned", "accuracy")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    run = results["distillation"]
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; {results['held_out']} held-out prompts, ± half of a 95% interval over "
+        f"them. LoRA of rank {results['lora']['rank']}, {results['lora']['turns']} turns; "
+        f"{run['turns']} turns of the student in {run['minutes']:g} minutes on {run['prompts']} "
+        f"prompts, after {run['score_turns']} of the score."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def serve_tables(results: dict[str, Any]) -> str:
     """Closed and open load of benchmarks/serve.py, then its faults."""
     cases, batch = results["cases"], results["batch"]
@@ -250,6 +284,7 @@ TABLES = {
     "kinds": (INFERENCE, MEMORY, kinds_table),
     "serve": (DOCS / "serving.md", DOCS / "results" / "serve.json", serve_tables),
     "student": (RESULTS, DOCS / "results" / "emoji-student.json", student_table),
+    "style": (DOCS / "z-image.md", DOCS / "results" / "style.json", style_table),
     "study": (RESULTS, ABLATION, study_facts),
     **{
         name: (RESULTS, ABLATION, partial(study_table, table=name))
