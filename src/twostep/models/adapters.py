@@ -162,6 +162,11 @@ class SharedBackbone(AdapterSwitch):
         parts = {key.replace(".", "/"): part for key, part in self._parts(name).items()}
         return nn.ModuleDict(parts)
 
+    def lora(self, name: str) -> dict[str, Tensor]:
+        """The adapter as a LoRA file holds it, fp32 on the CPU."""
+        state = {k: part.get_parameter("weight") for k, part in self._parts(name).items()}
+        return {f"{key}.weight": value.detach().cpu().clone() for key, value in state.items()}
+
     @torch.no_grad()
     def start(self, name: str, file: Path) -> None:
         """Gives an adapter the weights of a LoRA file, of its own rank or a lower one.
