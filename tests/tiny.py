@@ -1,11 +1,13 @@
-"""A tiny transformer of random weights."""
+"""A tiny transformer of random weights, and a LoRA on it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ZImageTransformer2DModel
+from safetensors.torch import save_file
 
 from twostep.families.zimage import ZImage
 
@@ -37,3 +39,35 @@ def random_transformer(seed: int = 0) -> ZImageTransformer2DModel:
 def network_of(velocity: Any) -> Any:
     """The network behind a velocity: itself, or what an adapter is on."""
     return getattr(velocity, "model", velocity)
+
+
+LORA_LAYERS = (
+    "layers.0.attention.to_q",
+    "layers.1.attention.to_out.0",
+    "layers.2.adaLN_modulation.0",
+    "noise_refiner.0.feed_forward.w1",
+    "context_refiner.0.attention.to_v",
+    "cap_embedder.1",
+)
+
+
+def lora_matrices(seed: int = 0, *, rank: int = 2, std: float = 0.2) -> dict[str, tuple]:
+    """A and B for some layers of the tiny transformer, by module name."""
+    model, generator = random_transformer(), torch.Generator().manual_seed(seed)
+    found = {}
+    for name in LORA_LAYERS:
+        layer: Any = model.get_submodule(name)
+        a = std * torch.randn(rank, layer.in_features, generator=generator)
+        found[name] = a, std * torch.randn(layer.out_features, rank, generator=generator)
+    return found
+
+
+def write_lora(path: Path, matrices: dict[str, tuple] | None = None) -> Path:
+    """A LoRA file in diffusers' layout."""
+    tensors = {
+        f"transformer.{name}.lora_{side}.weight": matrix
+        for name, pair in (matrices or lora_matrices()).items()
+        for side, matrix in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, path)
+    return path

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +14,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel
 
+from twostep.data.cache import shards
 from twostep.data.cache.build import build, open_cache
+from twostep.data.cache.encoded import EncodedPrompts
 from twostep.data.cache.read import TeacherCache
 from twostep.data.cache.shards import CacheError
 from twostep.data.cache.spec import CacheSpec
 from twostep.data.prompts import PromptError, load_prompts
-from twostep.distill.batches import order_of
 from twostep.distill.order import Order
 from twostep.errors import RecipeError, UserError
 from twostep.families.family import PromptBatch
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import euler
 from twostep.method.schedule import sigma_schedule
+from twostep.models.folder import ModelFolder
+from twostep.models.prompt_encoder import PromptEncoder
 from twostep.models.velocity import bind
 from twostep.recipe.schema import Recipe
+from twostep.runtime.devices import Placement
+from twostep.runtime.images import pictures_at_once
 
 Make = Callable[..., Recipe]
 
@@ -54,6 +63,47 @@ def test_samples_are_the_teachers(recipe: Recipe) -> None:
         )
 
 
+def test_the_teacher_computes_in_its_dtype(make_recipe: Make) -> None:
+    cache = open_cache(make_recipe(teacher={"dtype": "bfloat16"}))
+    assert cache.spec.fingerprint != CacheSpec.of(make_recipe()).fingerprint
+    samples = cache.read([23, 0, 9])
+    assert all(e.dtype == torch.bfloat16 for e in samples.embeds)
+    half = Placement(torch.device("cpu"), torch.bfloat16)
+    sampler = Sampler.load(cache.spec.teacher, placement=half)
+    expected = sampler.sample(samples.prompts, samples.noise, steps=4).latents
+    torch.testing.assert_close(samples.latents, expected, atol=0.05, rtol=0.05)
+
+
+def test_the_text_encoder_is_gone_before_the_transformer_comes(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders: list[weakref.ref[Any]] = []
+    load, velocities = AutoModel.from_pretrained, ModelFolder.velocities
+
+    def watched(*args: Any, **options: Any) -> Any:
+        model = load(*args, **options)
+        encoders.append(weakref.ref(model))
+        return model
+
+    def alone(self: ModelFolder, placement: Placement) -> Any:
+        gc.collect()
+        assert [ref() for ref in encoders] == [None]
+        return velocities(self, placement)
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", watched)
+    monkeypatch.setattr(ModelFolder, "velocities", alone)
+    open_cache(recipe)
+    assert len(encoders) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "batch"), [((64, 64), 64), ((256, 256), 64), ((512, 512), 16), ((1024, 1024), 4)]
+)
+def test_batches_shrink_with_the_picture(size: tuple[int, int], batch: int) -> None:
+    assert pictures_at_once(*size) == batch
+    assert pictures_at_once(2048, 4096) == 1
+
+
 def test_trajectory_is_the_teachers_latents_at_the_second_noise_level(recipe: Recipe) -> None:
     samples = open_cache(recipe).read([5])
     sampler = Sampler.load(recipe.teacher.model)
@@ -75,15 +125,22 @@ def test_seeds_of_one_prompt_share_its_embedding_and_differ_in_noise(recipe: Rec
     assert len(tensors["offsets"]) == 5  # four prompts, eight samples
 
 
+def whole_order(cache: TeacherCache) -> Order:
+    """Of all samples, none held out."""
+    spec = cache.spec
+    sizes = [spec.samples_of(place) for place in range(len(spec.sizes))]
+    return Order(sizes, cache.caption_lengths(), seed=0)
+
+
 def test_order_is_a_permutation_each_epoch_and_a_function_of_the_turn(recipe: Recipe) -> None:
-    order = order_of(open_cache(recipe), 0)
+    order = whole_order(open_cache(recipe))
     epochs = [
         [i for turn in range(6 * e, 6 * e + 6) for i in order.batch(turn, 4, purpose="student")]
         for e in (0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
     assert epochs[0] != epochs[1]
-    again = order_of(TeacherCache(CacheSpec.of(recipe)), 0)
+    again = whole_order(TeacherCache(CacheSpec.of(recipe)))
     assert order.batch(3, 4, purpose="student") == again.batch(3, 4, purpose="student")
     assert order.batch(3, 4, purpose="student") != order.batch(3, 4, purpose="critic")
 
@@ -94,7 +151,7 @@ SIZES = {"other_sizes": [[32, 64], [64, 32]]}
 def test_sizes_share_the_prompts_and_every_batch_is_of_one(make_recipe: Make) -> None:
     recipe = make_recipe(data={**SIZES, "prompt_count": 13, "samples_per_file": 4})
     cache = open_cache(recipe)
-    plan, order = cache.spec, order_of(cache, 0)
+    plan, order = cache.spec, whole_order(cache)
     assert sorted(plan.prompts) == sorted(
         CacheSpec.of(make_recipe(data={"prompt_count": 13})).prompts
     )
@@ -165,8 +222,38 @@ def test_bad_sizes_are_refused_before_anything_is_loaded(
         CacheSpec.of(make_recipe(data=data))
 
 
-def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
-    plan, sampler = CacheSpec.of(recipe), Sampler.load(recipe.teacher.model)
+def test_of_several_processes_each_reads_its_own_shards_end_to_end(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_cache(recipe)
+    original, read = shards.checksum, []
+
+    def watched(path: Path) -> str:
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(shards, "checksum", watched)
+    for part in ("velocities", "encoder"):  # nothing to make: no weights are read
+        monkeypatch.setattr(ModelFolder, part, None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert len(open_cache(recipe)) == 24
+    assert sorted(read) == [f"shard-{i:05d}.safetensors" for i in range(3)]
+    assert read[-1] == "shard-00001.safetensors"
+
+
+def test_interrupted_build_goes_on_where_it_stopped(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = PromptEncoder._encode
+
+    def only_the_empty_prompt(self: Any, prompts: list[str], max_length: int) -> list[Tensor]:
+        assert prompts == [""]
+        return original(self, prompts, max_length)
+
+    plan, placement = CacheSpec.of(recipe), Placement.on("cpu")
+    (velocity,) = plan.teacher.velocities(placement)
     made = 0
 
     def stop_in_second_shard(count: int) -> None:
@@ -175,14 +262,27 @@ def test_interrupted_build_goes_on_where_it_stopped(recipe: Recipe) -> None:
         if made > 8:
             raise KeyboardInterrupt
 
+    plan.folder.mkdir(parents=True)
+    encoded = EncodedPrompts.encode(plan, plan.shards, placement)
     with pytest.raises(KeyboardInterrupt):
-        build(plan, sampler, plan.shards, on_samples=stop_in_second_shard)
+        build(
+            plan,
+            velocity,
+            plan.shards,
+            encoded=encoded,
+            device=placement.device,
+            on_samples=stop_in_second_shard,
+        )
     assert shard(recipe, 0).exists()
     assert not shard(recipe, 1).exists()
     with pytest.raises(CacheError, match="run `twostep teach` first"):
         TeacherCache(plan)
     before = shard(recipe, 0).stat().st_mtime_ns
+    # What was encoded is not encoded again, and is gone once it stands in its shard.
+    assert len(list(plan.folder.glob("prompts-*"))) == len(plan.shards) - 1
+    monkeypatch.setattr(PromptEncoder, "_encode", only_the_empty_prompt)
     cache = open_cache(recipe)
+    assert not list(plan.folder.glob("prompts-*"))
     assert shard(recipe, 0).stat().st_mtime_ns == before
     assert len(cache.read(range(24)).ids) == 24
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from twostep.data.cache.build import open_cache
@@ -38,22 +39,41 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
         training={"batch_size": 8, "turns": 4},
     )
     trainer = trainer_of(recipe)
-    modules = trainer.state.modules
+    modules = dict(trainer.state.modules)
     start = {n: [p.clone() for p in m.parameters()] for n, m in modules.items()}
-    history = [trainer.fit_score()["score/flow_matching"] for _ in range(30)]
-    assert sum(history[-5:]) < 0.96 * sum(history[:5])
+
+    def loss() -> float:
+        """On what is drawn the same each time."""
+        draws = [Draws(9, number, "score", device=trainer.device) for number in range(4)]
+        batch = trainer.batches.read(0, "score")
+        return sum(trainer.objectives.score(batch, d).loss.item() for d in draws)
+
+    before = loss()
+    for _ in range(30):
+        trainer.fit_score()
+    assert loss() < 0.97 * before
     for name, module in modules.items():
         moved = any(
             not torch.equal(a, b) for a, b in zip(start[name], module.parameters(), strict=True)
         )
-        assert moved == (name == "score"), name
+        # At the end the fakes are given what was learnt.
+        assert moved == (name in ("score", "fake1", "fake2")), name
+    for fake in ("fake1", "fake2"):
+        pairs = zip(modules[fake].parameters(), modules["score"].parameters(), strict=True)
+        assert all(torch.equal(own, fitted) for own, fitted in pairs)
     fitted = [p.clone() for p in trainer.roles.score.parameters()]
     trainer.train()
     assert trainer.progress.turn == 4
     assert all(
         torch.equal(a, b) for a, b in zip(fitted, trainer.roles.score.parameters(), strict=True)
     )
-    assert not trainer.state.optimizers["score"].state
+    assert "score" not in trainer.state.optimizers
+    assert not trainer.updates["score"].optimizers["score"].state
+    # It is written once, beside the checkpoints, and not into each of them.
+    (stored,) = trainer.folder.frozen.rglob("*.safetensors")
+    assert len(load_file(stored)) == len(fitted)
+    for checkpoint in list_checkpoints(trainer.folder.checkpoints):
+        assert not [k for k in load_file(checkpoint / "state.safetensors") if "score" in k]
 
 
 def test_the_loss_is_flow_matching_on_the_teachers_images(make_recipe: Make) -> None:

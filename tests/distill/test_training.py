@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tiny import random_transformer
 from twostep.data.cache.build import open_cache
 from twostep.distill import tensor_files
+from twostep.distill.best import BestStudent
 from twostep.distill.checkpoint import CheckpointError, list_checkpoints
 from twostep.distill.ema import Ema
 from twostep.distill.monitor import Monitor, read_metrics
@@ -27,11 +31,13 @@ from twostep.distill.objectives.draws import Draws
 from twostep.distill.trainer import Interrupted, Trainer
 from twostep.distill.update import TrainingStopped
 from twostep.errors import RecipeError
+from twostep.evaluation.scorers import ScorerError
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import Rollout
 from twostep.models.folder import ModelFolder
 from twostep.recipe.schema import Recipe
+from twostep.runtime.memory_meter import weight_bytes
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -247,7 +253,7 @@ def test_critic_turn_trains_fakes_and_heads_and_nothing_else(make_recipe: Make) 
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_the_critics_fakes_come_from_the_reals_noise(
+def test_the_critics_samples_come_from_the_reals_noise_and_the_fakes_do_not(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, paired: bool
 ) -> None:
     trainer = trainer_of(make_recipe(critic={"paired": paired}))
@@ -259,8 +265,20 @@ def test_the_critics_fakes_come_from_the_reals_noise(
         return rollout(noise, *rest)
 
     monkeypatch.setattr(trainer.objectives.student, "rollout", spy)
+    followed: list[torch.Tensor] = []
+    fit = trainer.objectives.critic._fit
+
+    def spy_fit(velocity: Any, clean: torch.Tensor, *rest: Any) -> Any:
+        followed.append(clean)
+        return fit(velocity, clean, *rest)
+
+    monkeypatch.setattr(trainer.objectives.critic, "_fit", spy_fit)
     trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU))
-    assert torch.equal(seen[0], batch.noise) == paired
+    assert torch.equal(seen[-1], batch.noise) == paired
+    # Fakes follow the student on noise that the cache does not have.
+    fresh = rollout(seen[0], batch.prompts, Draws(0, 0, "critic", device=CPU))
+    assert not torch.equal(seen[0], batch.noise)
+    torch.testing.assert_close(followed, [fresh.clean1.detach(), fresh.clean2.detach()])
     # A student that makes the teacher's own pictures cannot be told from it.
     perfect = Rollout(batch.latents, batch.noise, batch.latents)
     monkeypatch.setattr(trainer.objectives.student, "rollout", lambda *_: perfect)
@@ -307,6 +325,24 @@ def test_rates_fall_over_the_warm_up_and_at_the_end(make_recipe: Make) -> None:
     assert trainer.state.optimizers["fake"].param_groups[0]["lr"] == pytest.approx(
         2e-4 * expected[-1]
     )
+
+
+def test_rates_rise_at_the_beginning_each_in_its_own_turns(make_recipe: Make) -> None:
+    training = {"rate_warmup_turns": 4, "critic_warmup_turns": 2, "learning_rate_decay": 0.0}
+    trainer = trainer_of(make_recipe(losses={"warmup_turns": 0}, training=training))
+    seen: dict[str, list[float]] = {"student": [], "fake": [], "critic": []}
+    for name, purpose in (("fake", "critic"), ("critic", "critic"), ("student", "student")):
+        optimizer = trainer.updates[purpose].optimizers[name]
+
+        def note(opt: Any, *_: Any, name: str = name) -> None:
+            seen[name].append(opt.param_groups[0]["lr"])
+
+        optimizer.register_step_pre_hook(note)
+    for _ in range(3):
+        trainer.turn()
+    assert seen["student"] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4])
+    assert seen["fake"] == pytest.approx([0.5e-4, 1e-4, 1.5e-4, 2e-4, 2e-4])
+    assert seen["critic"] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
 
 
 def test_fake_follows_the_student(make_recipe: Make) -> None:
@@ -571,24 +607,54 @@ def test_interrupt_inside_this_process(make_recipe: Make) -> None:
     assert Trainer(trainer.recipe, trainer.cache).progress.turn == 2
 
 
-def test_best_checkpoint_is_kept_not_the_last(make_recipe: Make) -> None:
+def test_best_checkpoint_is_kept_not_the_last(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_of(make_recipe(training={"validate_every": 1}))
-    scores = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
+    distances = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
     kept = {}
 
-    class FakeSeen:
-        def __init__(self) -> None:
-            self.metrics = {"kernel_distance": next(scores), "diversity": 1.0}
-
-    def validate(validator, draw: bool) -> dict[str, float]:
-        validator.measure = FakeSeen
+    def offer(self: BestStudent, distance: float) -> None:
         kept[trainer.progress.turn] = [v.clone() for v in trainer.state.ema.values]
-        return Trainer.validate(trainer, validator, draw=False)
+        original(self, next(distances))
 
-    trainer.validate = validate  # type: ignore[method-assign]
+    original = BestStudent.offer
+    monkeypatch.setattr(BestStudent, "offer", offer)
     trainer.train()
     assert trainer.progress.best_turn == 2
     assert all(torch.equal(a, b) for a, b in zip(kept[2], trainer.state.ema.values, strict=True))
+
+
+def test_a_scorer_of_the_users_own_chooses_the_student(make_recipe: Make, tmp_path: Path) -> None:
+    scorer = tmp_path / "scorer.py"
+    # A number for each call: the second is the highest. It also checks what it is given.
+    scorer.write_text(
+        "import json, pathlib, sys\n"
+        "calls = pathlib.Path(__file__).with_name('calls')\n"
+        "number = len(calls.read_text()) if calls.exists() else 0\n"
+        "calls.write_text('.' * (number + 1))\n"
+        "for line in sys.stdin:\n"
+        "    assert json.loads(line)['prompt']\n"
+        "    print([1.0, 3.0, 2.0][number])\n"
+    )
+    command = f"taste={sys.executable} {scorer}"
+    recipe = make_recipe(
+        training={"validate_every": 2, "validation_scores": [command], "best_by": "score"}
+    )
+    trainer = trainer_of(recipe)
+    trainer.train()
+    assert trainer.progress.best_turn == 4
+    assert trainer.progress.best_distance == -3.0
+    records = read_metrics(trainer.folder.path)
+    assert [r["validation/score/taste"] for r in records if "validation/diversity" in r] == [
+        1,
+        3,
+        2,
+    ]
+    with pytest.raises(RecipeError, match=r"best_by: score needs training\.validation_scores"):
+        make_recipe(training={"best_by": "score"})
+    with pytest.raises(ScorerError, match="'taste' is unknown"):
+        trainer_of(make_recipe("other", training={"validation_scores": ["taste"]}))
 
 
 def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) -> None:
@@ -659,9 +725,9 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_by_its_version(make_recipe
     trainer_of(recipe).train()
     path = list_checkpoints(recipe.run_folder / "checkpoints")[-1] / "state.json"
     record = json.loads(path.read_text())
-    assert record.pop("version") == 2
+    assert record.pop("version") == 3
     path.write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=r"format 1, as twostep 0\.1 wrote it"):
+    with pytest.raises(CheckpointError, match="format 1, as an earlier twostep wrote it"):
         trainer_of(recipe)
 
 
@@ -675,3 +741,42 @@ def test_evaluations_are_counted_and_kept(make_recipe: Make) -> None:
     assert trainer.progress.evaluations == 2 * 3 * 4
     trainer.state.save(trainer.folder.checkpoints, 2, trainer.world)
     assert trainer_of(recipe).progress.evaluations == 2 * 3 * 4
+
+
+def test_full_sets_run_compiled(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, compiled = (
+        trainer_of(make_recipe(str(c), training={"compile": c})).critic_step()["fake/final"]
+        for c in (False, True)
+    )
+    torch.testing.assert_close(compiled, plain)
+
+
+def test_fakes_start_from_what_the_score_starts_from(
+    make_recipe: Make, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """So that matching has no gradient before either has learnt, whatever the score is."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    random_transformer(seed=7).save_pretrained(other / "transformer")
+    losses = {"final": {"adversarial": 0.0}, "step1": {"adversarial": 0.0}, "warmup_turns": 0}
+    trainer = trainer_of(make_recipe(losses=losses, score={"model": str(other)}))
+    for side in gradients(trainer):
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in side)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dtype"), [("bfloat16", torch.bfloat16), ("int8", torch.bfloat16)]
+)
+def test_beside_adapters_a_score_is_no_larger_than_the_backbone(
+    make_recipe: Make, tiny_folder: Path, backbone: str, dtype: torch.dtype
+) -> None:
+    recipe = make_recipe(
+        student={"weights": "lora", "rank": 2, "backbone_dtype": backbone},
+        score={"model": str(tiny_folder)},
+    )
+    roles = build_roles(recipe, ModelFolder.open(tiny_folder), device=CPU)
+    assert {p.dtype for p in roles.score.model.parameters()} == {dtype}
+    frozen = [p for p in roles.teacher.model.parameters() if not p.requires_grad]
+    packed = [b for n, b in roles.teacher.model.named_buffers() if "packed" in n or "scale" in n]
+    assert weight_bytes(roles.score.model) == sum(t.nbytes for t in (*frozen, *packed))

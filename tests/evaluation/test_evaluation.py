@@ -30,6 +30,7 @@ from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule
 from twostep.models.student import save_student
 from twostep.runtime.memory_meter import weight_bytes
+from twostep.runtime.processes import Share
 
 runner = CliRunner()
 SIZE = (32, 32)
@@ -85,7 +86,7 @@ def test_prompt_file(tmp_path: Path) -> None:
 def test_images_are_resumed_and_equal_a_run_in_one_go(
     tiny_folder: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twostep.evaluation.image_store._PART", 4)
+    monkeypatch.setattr("twostep.evaluation.image_store.PART", 4)
     prompts = PromptSet.load("emoji", 12)
     entry = Entry("student", "student", str(student))
     assert entry.key == "student_2"
@@ -109,7 +110,7 @@ def test_images_are_resumed_and_equal_a_run_in_one_go(
     parts.make(sampler, 1)
     assert parts.missing() == [0, 2]
     (tmp_path / "parts" / "part-00000.safetensors").write_bytes(b"torn")
-    make_images(parts, load, rank=1, world=2)
+    make_images(parts, load, share=Share(1, 2))
     assert parts.missing() == [0, 2]  # the second process has part 1 only
 
     def count(images: int) -> None:

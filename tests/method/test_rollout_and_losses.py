@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from twostep.method import losses
+from twostep.method.critic import CriticHeads
 from twostep.method.rollout import euler, first_step, guided, second_step, seeded_noise, two_step
 from twostep.method.schedule import Schedule, sigma_schedule
 
@@ -140,6 +141,33 @@ def test_distribution_matching_weighs_samples_alike() -> None:
     score = torch.ones(2, 1, 4, 4) * torch.tensor([1.0, 10.0]).view(2, 1, 1, 1)
     losses.distribution_matching(clean, score, -score).backward()
     torch.testing.assert_close(clean.grad[0], clean.grad[1])
+
+
+def test_augmentation_and_matching_together_are_matching_under_a_guided_score() -> None:
+    """Weight alpha - 1: so that the paper's values can be typed in as they stand."""
+    torch.manual_seed(0)
+    clean = torch.randn(3, 2, 4, 4, requires_grad=True)
+    score, without, fake = torch.randn(3, 3, 2, 4, 4)
+    alpha = 4.5
+    matching = losses.distribution_matching(clean, score, fake)
+    (matching + (alpha - 1) * losses.guidance_augmentation(clean, score, without)).backward()
+    guided = without + alpha * (score - without)
+    scale = (clean.detach() - score).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(clean.grad, (fake - guided) / scale / clean.numel())
+
+
+def test_the_critics_heads_compute_in_fp32_under_autocast() -> None:
+    """Small differences between samples, which the penalty divides by its noise, must survive."""
+    torch.manual_seed(0)
+    heads = CriticHeads(16, 2, 8)
+    hidden = [torch.randn(1, 16, 16).expand(64, -1, -1) for _ in range(2)]
+    near = [h + 1e-3 * torch.randn(64, 16, 16) for h in hidden]
+    expected = heads(near, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, start = heads(near, 4, 4), heads(hidden, 4, 4)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert ((found - start) != 0).float().mean() > 0.99
 
 
 def test_adversarial_losses_at_known_logits() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiny import TEXT_WIDTH, as_velocity, random_transformer
+from tiny import CPU, TEXT_WIDTH, as_velocity, random_transformer
 from twostep.data.cache.build import open_cache
 from twostep.distill.checkpoint import list_checkpoints
+from twostep.distill.objectives.build import build_roles
 from twostep.distill.objectives.roles import Role
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
@@ -25,9 +26,12 @@ from twostep.method.rollout import two_step
 from twostep.method.schedule import Schedule
 from twostep.models.adapters import SharedBackbone
 from twostep.models.compiling import compile_blocks
+from twostep.models.folder import ModelFolder
 from twostep.models.int8 import Int8Linear
+from twostep.models.student import write_lora_index
 from twostep.models.velocity import bind
-from twostep.recipe.schema import Recipe, Student
+from twostep.recipe.models import Student
+from twostep.recipe.schema import Recipe
 
 NAMES = ["first", "second", "fake1", "fake2"]
 TARGETS = Student().target_modules
@@ -259,6 +263,40 @@ def test_eight_bit_run_trains_and_its_student_has_no_trace_of_it(
     assert trainer.progress.skipped == 0
     student = Sampler.load(str(folder))
     assert not any(isinstance(m, Int8Linear) for m in student.velocities[0].modules())
+
+
+def test_adapters_start_from_the_lora_files_of_an_earlier_stage(
+    make_recipe: Callable[..., Recipe], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Of a lower rank: the roles are the same functions, and what is new can still learn."""
+    backbone, files = with_random_adapters(), tmp_path / "pair"
+    files.mkdir()
+    for step in ("first", "second"):
+        state = backbone.module(step).state_dict()
+        named = {"transformer." + k.replace("/", "."): v for k, v in state.items()}
+        save_file(named, files / f"{step}.safetensors")
+    write_lora_index(files, teacher=str(tiny_folder), schedule=Schedule(3.0, 0.75))
+    recipe = make_recipe(student=LORA | {"rank": 6, "init": str(files)})
+    roles = build_roles(recipe, ModelFolder.open(tiny_folder), device=CPU)
+    for step in ("first", "second"):
+        expected = Role.adapter(backbone, step)(*inputs()).velocity
+        found = getattr(roles, step)(*inputs()).velocity
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    ups = [p for p in roles.first.parameters() if p.shape[0] == 6]
+    assert all(p[4:].any() for p in ups)
+    assert not any(p.any() for p in roles.fakes[0].parameters() if p.shape[1] == 6)
+    with pytest.raises(RecipeError, match=r"has rank 4, student\.rank is 2"):
+        build_roles(
+            make_recipe(student=LORA | {"rank": 2, "init": str(files)}),
+            ModelFolder.open(tiny_folder),
+            device=CPU,
+        )
+    with pytest.raises(RecipeError, match="is no folder of two LoRA files"):
+        build_roles(
+            make_recipe(student=LORA | {"init": "zoo:emoji-student"}),
+            ModelFolder.open(tiny_folder),
+            device=CPU,
+        )
 
 
 def test_compiled_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,24 +18,26 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.debugging import aot_eager
 
 from runs import assert_same_run
-from tiny import TEXT_WIDTH
+from tiny import TEXT_WIDTH, lora_matrices, write_lora
 from twostep.data.cache.build import open_cache
 from twostep.distill.batches import rows_of
 from twostep.distill.checkpoint import list_checkpoints
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.roles import Role
-from twostep.distill.sharding import Sharder
+from twostep.distill.sharding import Sharder, shard_size
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
 from twostep.method.schedule import Schedule
 from twostep.models.compiling import compile_blocks
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import Recipe, Training
+from twostep.recipe.schema import Recipe
+from twostep.recipe.training import Training
 from twostep.runtime.distributed import World, gathered
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
+FROZEN_FIRST_FORWARD = Path(__file__).with_name("frozen_first_forward.py")
 KILLED_IN_SAVE = Path(__file__).with_name("killed_in_save.py")
 
 
@@ -83,7 +85,9 @@ def test_several_processes_equal_one(
     both: dict[str, Any],
 ) -> None:
     """`own` are settings of the several alone, `both` sections that both runs have."""
-    common = {"student": student, "score": {"fit_turns": 2}, **both}
+    lora = write_lora(tmp_path / "style.safetensors", lora_matrices(std=0.05))
+    common = {"student": student, "score": {"fit_turns": 2}, "teacher": {"loras": [str(lora)]}}
+    common |= both
     alone = make_recipe("alone", **common)
     Trainer(alone, open_cache(alone)).train()
     own = {**both.get("training", {}), **own}
@@ -155,6 +159,44 @@ def test_a_process_killed_while_saving_costs_only_the_turns_since_the_last_save(
     assert_same_run(alone, recipe, tiny_folder)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_frozen_first_forward_does_not_change_the_dtype_in_which_gradients_are_reduced(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found silently wrong elsewhere: NeMo AutoModel PR 3298."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe(distributed={"sharding": "shard"}).to_yaml())
+    tests = str(Path(__file__).parents[1])
+    known = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([tests, *filter(None, [known])]))
+    result = torchrun(2, str(FROZEN_FIRST_FORWARD), str(path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[-2] == "['torch.float32'] True True 0.0"
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "asked", "expected"),
+    [
+        (8, "8", None, 8),
+        (32, "8", None, 8),
+        (32, "8", 16, 16),
+        (2, None, None, 2),
+        (12, "8", None, 12),
+    ],
+)
+def test_weights_are_gathered_within_a_machine_unless_another_size_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, size: int, local: str | None, asked: int | None, expected: int
+) -> None:
+    if local is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    world = World(CPU)
+    world.size = size
+    assert shard_size(world, asked) == expected
+
+
 # One process.
 
 
@@ -199,7 +241,7 @@ def test_sharded_blocks_compile(
 
 def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
     def draw(rows: slice | None, count: int) -> list[torch.Tensor]:
-        draws = Draws(3, 5, "critic", device=CPU, rows=rows, total=8)
+        draws = Draws(3, 5, "critic", device=CPU, rows=rows)
         like = torch.zeros(count, 2, 3)
         return [
             draws.normal_like(like),
@@ -213,6 +255,24 @@ def test_draws_of_a_row_do_not_depend_on_the_division_of_the_batch() -> None:
         parts = [draw(slice(i, i + size), size) for i in range(0, 8, size)]
         for index, batch in enumerate(together):
             assert torch.equal(torch.cat([part[index] for part in parts]), batch)
+
+
+def test_no_row_is_drawn_but_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    normal_ = torch.Tensor.normal_
+
+    def count(tensor: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        drawn.append(tensor.numel())
+        return normal_(tensor, *rest, **named)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", count)
+    draws = Draws(0, 0, "student", device=CPU, rows=slice(4, 6))
+    rows = draws.normal_like(torch.zeros(2, 8, 4, 4))
+    assert sum(drawn) == rows.numel()
+    # Rows differ, and another turn's are others.
+    assert not torch.equal(rows[0], rows[1])
+    later = Draws(0, 1, "student", device=CPU, rows=slice(4, 6)).normal_like(rows)
+    assert not torch.equal(later, rows)
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (2, 3), (1, 2)])

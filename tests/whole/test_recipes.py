@@ -9,9 +9,7 @@ import pytest
 from twostep.data.cache.build import open_cache
 from twostep.distill.trainer import Trainer
 from twostep.inference.pipeline import TwoStepPipeline
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.zoo import recipe_names, recipe_path
 
 RECIPES = [recipe_path(f"zoo:{name}") for name in recipe_names()]
@@ -23,6 +21,17 @@ def test_recipe_is_valid_and_named_after_its_file(path: Path) -> None:
     recipe = Recipe.load(path)
     assert recipe.name == path.stem
     assert recipe.teacher.guidance_scale == recipe.score.guidance_scale == 0
+
+
+@pytest.mark.parametrize("path", Z_IMAGE, ids=lambda p: p.stem)
+def test_no_role_learns_far_faster_than_the_student(path: Path) -> None:
+    """Fakes that outrun the student by an order of magnitude follow noise, not the student."""
+    recipe = Recipe.load(path)
+    assert 1 <= recipe.fake.learning_rate / recipe.training.learning_rate <= 5
+    assert 1 <= recipe.score.learning_rate / recipe.training.learning_rate <= 5
+    assert recipe.critic.learning_rate / recipe.training.learning_rate <= 20
+    assert recipe.fake.models == "per_step"
+    assert recipe.training.rate_warmup_turns > 0
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from twostep.errors import InputError
 if TYPE_CHECKING:  # torch is imported by the commands alone
     import torch
 
+    from twostep.models.lora_files import LoraFile
     from twostep.runtime.devices import Memory
 
 RecipeArgument = Annotated[
@@ -25,6 +26,9 @@ OverridesArgument = Annotated[
 ]
 SizeOption = Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:NUMBER or mps")]
+MemoryOption = Annotated[
+    str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
+]
 NewFolderOption = Annotated[Path, typer.Option(help="folder to write; must be empty or not there")]
 
 
@@ -72,6 +76,26 @@ def parse_memory(text: str) -> Memory:
         if text == mode:
             return mode
     raise InputError(f"memory: expected one of {', '.join(MODES)}, got {text!r}")
+
+
+def open_loras(texts: Sequence[str]) -> list[LoraFile]:
+    """The LoRA files of "FILE" or "FILE:SCALE".
+
+    Raises:
+        InputError: for another kind of file or a scale that is no number.
+        ModelError: for a file that is missing.
+    """
+    from twostep.models.lora_files import LoraFile
+    from twostep.recipe.loras import split_lora
+
+    found = []
+    for text in texts:
+        try:
+            path, scale = split_lora(text)
+        except ValueError as error:
+            raise InputError(f"--lora: {error}, got {text!r}") from error
+        found.append(LoraFile.open(Path(path), scale, option="--lora"))
+    return found
 
 
 def parse_device(text: str) -> torch.device:

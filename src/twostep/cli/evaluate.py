@@ -9,7 +9,14 @@ from typing import Annotated
 
 import typer
 
-from twostep.cli.arguments import DeviceOption, SizeOption, parse_device, parse_size
+from twostep.cli.arguments import (
+    DeviceOption,
+    MemoryOption,
+    SizeOption,
+    parse_device,
+    parse_memory,
+    parse_size,
+)
 from twostep.cli.console import note, quiet, say
 from twostep.errors import InputError
 
@@ -45,6 +52,7 @@ def evaluate(
     ] = None,
     size: SizeOption = "64",
     halves: Annotated[int, typer.Option(min=0, help="random halves behind each interval")] = 100,
+    memory: MemoryOption = "plain",
     device: DeviceOption = "auto",
 ) -> None:
     """Compare students with their teacher on the same prompts and noise. Resumable.
@@ -56,6 +64,7 @@ def evaluate(
     from twostep.evaluation import entries
     from twostep.evaluation import evaluate as evaluation
     from twostep.evaluation.prompts import PromptSet
+    from twostep.inference.generate import SamplerOptions
     from twostep.runtime.processes import local_device
 
     quiet()
@@ -72,9 +81,11 @@ def evaluate(
         scores=scores if scores is not None else (["inspector"] if is_emoji else []),
         halves=halves,
         size=parse_size(size),
+        options=SamplerOptions(
+            memory=parse_memory(memory), device=local_device(parse_device(device))
+        ),
     )
-    chosen = local_device(parse_device(device))
-    comparison = evaluation.evaluate(request, out / "images", device=chosen)
+    comparison = evaluation.evaluate(request, out / "images")
     if comparison is None:  # another process judges
         return
     path = out / "metrics.json"

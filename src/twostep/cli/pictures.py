@@ -10,7 +10,9 @@ import typer
 
 from twostep.cli.arguments import (
     DeviceOption,
+    MemoryOption,
     SizeOption,
+    open_loras,
     parse_device,
     parse_memory,
     parse_model,
@@ -45,15 +47,17 @@ def generate(
         bool, typer.Option("--json", help="print a line of JSON for each picture")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures at a time")] = 16,
-    memory: Annotated[
-        str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
-    ] = "plain",
+    memory: MemoryOption = "plain",
     decoder: Annotated[
         str | None,
         typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id"),
     ] = None,
     prompt_cache: Annotated[
         Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="a LoRA file on the model, FILE or FILE:SCALE; may be repeated"),
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -76,7 +80,7 @@ def generate(
     request = making.PictureRequest(
         model=model, prompts=read_prompts(prompts or (), prompts_file), seed=seed, steps=steps,
         size=parse_size(size), count=count, preview=preview, batch_size=batch_size,
-        options=options,
+        options=options, loras=open_loras(lora or ()),
     )  # fmt: skip
     pictures = []
     with progress_bar("pictures", len(dict.fromkeys(request.prompts)) * count) as advance:

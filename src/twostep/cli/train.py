@@ -70,9 +70,12 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(min=0.001, help="achieved rate of each, for the time")
     ] = None,
+    disk_rate: Annotated[
+        float, typer.Option(min=0.001, help="1e9 bytes a second, for the time of a checkpoint")
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """Work out memory, disk and time of a recipe. Loads no weights; needs none.
+    """Work out memory, disk and time of every stage. Loads no weights; needs none.
 
     Example: twostep plan zoo:z-image-turbo-lora --gpus 1 --memory 80 --tflops 400
     """
@@ -87,6 +90,7 @@ def plan(
         memory_gib=memory,
         prompt_tokens=prompt_tokens,
         tflops=tflops,
+        disk_rate=disk_rate,
     )
     if as_json:
         print(found.as_json())

@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from twostep.errors import RecipeError
-from twostep.models.codec import Decoder
 from twostep.models.folder import ModelFolder
-from twostep.models.prompt_encoder import PromptEncoder
+from twostep.runtime.devices import Placement
 from twostep.runtime.randomness import Stream, rng
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -30,6 +29,7 @@ class ExternalReals:
         folder: images, read at any depth; each is resized and cropped to the wanted size.
         teacher: whose encoders are used.
         size: (height, width) in pixels.
+        placement: of the encoders while they work.
 
     Attributes:
         latents: (N, C, H, W), fp32.
@@ -39,20 +39,23 @@ class ExternalReals:
         RecipeError: if the folder holds no image, one cannot be read, or one has no caption.
     """
 
-    def __init__(self, folder: Path, teacher: ModelFolder, size: tuple[int, int]) -> None:
+    def __init__(
+        self, folder: Path, teacher: ModelFolder, size: tuple[int, int], *, placement: Placement
+    ) -> None:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
         if not paths:
             raise RecipeError(f"data.reals: no images (png, jpg, webp) in {str(folder)!r}")
         captions = _captions(folder, paths)
-        decoder = Decoder.load(teacher.base)
+        decoder = teacher.decoder(placement)
         latents = []
         for start in range(0, len(paths), 64):
             images = [_read(path, size) for path in paths[start : start + 64]]
-            latents.append(decoder.encode(torch.stack(images)))
+            latents.append(decoder.encode(torch.stack(images)).cpu())
         self.latents = torch.cat(latents)
         self.embeds: list[Tensor] | None = None
         if captions is not None:
-            self.embeds = PromptEncoder.load(teacher.base).encode(captions)
+            encoder = teacher.encoder(placement, cache_size=0)
+            self.embeds = [e.cpu() for e in encoder.encode(captions)]
 
     def draw(self, number: int, count: int, *, seed: int) -> tuple[Tensor, list[Tensor] | None]:
         """Latents (count, C, H, W) and their captions' embeddings, for batch `number` of a run."""

@@ -8,11 +8,13 @@ import torch
 
 from twostep.data.cache.read import TeacherCache
 from twostep.data.real_images import ExternalReals
+from twostep.distill.held_out import HeldOut
 from twostep.distill.objectives.batch import Batch
 from twostep.distill.order import Order
 from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
 from twostep.recipe.schema import Recipe, Training
+from twostep.runtime.devices import Placement
 from twostep.runtime.distributed import World
 
 
@@ -49,10 +51,15 @@ def rows_of(settings: Training, world: World) -> list[slice]:
     return [slice(i, i + size) for i in range(first, first + own, size)]
 
 
-def order_of(cache: TeacherCache, seed: int, window: int = 1) -> Order:
-    """The order in which a run reads `cache`."""
-    sizes = [cache.spec.samples_of(place) for place in range(len(cache.spec.sizes))]
-    return Order(sizes, cache.caption_lengths(), seed=seed, window=window)
+def order_of(recipe: Recipe, cache: TeacherCache) -> Order:
+    """The order in which a run reads `cache`; validation's prompts are left out."""
+    return Order(
+        HeldOut.of(recipe, cache.spec).training_samples(),
+        cache.caption_lengths(),
+        seed=recipe.training.seed,
+        window=recipe.data.caption_window,
+        files=cache.files_at_once(),
+    )
 
 
 class Batches:
@@ -61,11 +68,14 @@ class Batches:
     def __init__(self, recipe: Recipe, cache: TeacherCache, device: torch.device) -> None:
         self.size, self.seed = recipe.training.batch_size, recipe.training.seed
         self.cache, self.device = cache, device
-        self.order = order_of(cache, self.seed, recipe.data.caption_window)
+        self.order = order_of(recipe, cache)
         self.reals: dict[tuple[int, ...], ExternalReals] = {}
         if recipe.data.reals != "teacher":
+            placement = Placement(device, getattr(torch, recipe.teacher.dtype))
             for size in recipe.data.sizes:
-                external = ExternalReals(Path(recipe.data.reals), cache.spec.teacher, size)
+                external = ExternalReals(
+                    Path(recipe.data.reals), cache.spec.teacher, size, placement=placement
+                )
                 self.reals[external.latents.shape[1:]] = external
         self.empty = PromptBatch.collate([cache.empty_embeds], device)
 
@@ -73,6 +83,8 @@ class Batches:
         """The rows of one batch; all of them if None. Each purpose has an order of its own."""
         rows = rows or slice(0, self.size)
         samples = self.cache.read(self.order.batch(number, self.size, purpose=purpose)[rows])
+        if self.cache.spec.store.is_remote:
+            self.cache.ahead(self.order.batch(number + 1, self.size, purpose=purpose)[rows])
         latents = samples.latents.to(self.device)
         prompts = PromptBatch.collate(samples.embeds, self.device)
         reals, real_prompts = latents, prompts

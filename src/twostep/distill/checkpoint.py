@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from twostep.distill.ema import Ema
 from twostep.distill.optimizers import make_states
 from twostep.distill.tensor_files import (
     load_tensors,
+    save_folder,
     save_in_background,
     save_tensors,
     stored_names,
@@ -26,7 +27,8 @@ from twostep.errors import UserError
 from twostep.runtime.distributed import World
 
 # 2: networks without a wrapper around them, random numbers in named streams.
-VERSION = 2
+# 3: a fitted score lies beside the checkpoints, not in each.
+VERSION = 3
 _NAME = re.compile(r"(fit|turn)-(\d{7})$")
 
 
@@ -42,7 +44,8 @@ class Progress:
         evaluations: forwards of one sample through any network in the student's turns; one whose
             result is differentiated counts as three, validation does not count.
         fit_evaluations: the same while the score is fitted.
-        best_distance: the least kernel distance of a validation, after `best_turn` turns.
+        best_distance: the least kernel distance of a validation, after `best_turn` turns; with
+            `training.best_by: score` the highest score, negative.
     """
 
     score_turn: int = 0
@@ -80,13 +83,26 @@ class _Writing:
 
 @dataclass
 class TrainingState:
-    """All that changes while training."""
+    """All that changes while training.
+
+    What has learnt and is frozen from then on is written once, beside the checkpoints (`freeze`).
+    """
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
     ema: Ema
     progress: Progress
+    frozen: list[str] = field(default_factory=list)
     _writing: _Writing | None = None
+
+    def freeze(self, name: str, folder: Path, world: World) -> None:
+        """Writes a module to `folder/name`; no checkpoint holds it after. For all processes."""
+        save_folder(self.modules[name].state_dict(), folder / name, world)
+        self._leave_out(name)
+
+    def _leave_out(self, name: str) -> None:
+        del self.modules[name], self.optimizers[name]
+        self.frozen.append(name)
 
     def save(self, folder: Path, keep: int, world: World, *, background: bool = False) -> Path:
         """Writes `folder/turn-NNNNNNN`, then removes all but the last `keep` checkpoints.
@@ -109,6 +125,7 @@ class TrainingState:
             record = {
                 "version": VERSION,
                 "progress": asdict(self.progress),
+                "frozen": self.frozen,
                 "ema_updates": self.ema.updates,
                 "optimizer_groups": {
                     name: optimizer.state_dict()["param_groups"]
@@ -154,8 +171,11 @@ class TrainingState:
             tensors[f"ema/{index}"] = value
         return tensors
 
-    def load(self, checkpoint: Path) -> None:
+    def load(self, checkpoint: Path, frozen: Path) -> None:
         """Restores everything in place, whatever the number of processes that wrote it.
+
+        Args:
+            frozen: where `freeze` wrote.
 
         Raises:
             CheckpointError: if it is damaged or belongs to another recipe.
@@ -164,10 +184,13 @@ class TrainingState:
             record = json.loads((checkpoint / "state.json").read_text())
             if record.get("version", 1) != VERSION:
                 raise ValueError(
-                    f"it has format {record.get('version', 1)}, as twostep 0.1 wrote it; this "
-                    f"version goes on from format {VERSION} only. Finish the run with the version "
-                    "that began it, or begin a new one"
+                    f"it has format {record.get('version', 1)}, as an earlier twostep wrote it; "
+                    f"this version goes on from format {VERSION} only. Finish the run with the "
+                    "version that began it, or begin a new one"
                 )
+            for name in record["frozen"]:
+                load_tensors(self.modules[name].state_dict(), frozen / name)
+                self._leave_out(name)
             names = stored_names(checkpoint)
             for name, optimizer in self.optimizers.items():
                 make_states(optimizer, f"optimizer/{name}/", names)

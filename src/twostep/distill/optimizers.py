@@ -14,23 +14,28 @@ from twostep.recipe.schema import Recipe
 def build_optimizers(recipe: Recipe, roles: Roles) -> dict[str, torch.optim.Optimizer]:
     """By purpose: student, fake, critic, and score where one is fitted."""
 
-    def build(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-        settings = recipe.training
+    settings = recipe.training
+
+    def build(name: str, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
         if settings.optimizer == "adafactor":
             return torch.optim.Adafactor(
                 parameters, lr=rate, weight_decay=settings.weight_decay, foreach=False
             )
         return torch.optim.AdamW(
-            parameters, lr=rate, betas=settings.betas, weight_decay=settings.weight_decay
+            parameters, lr=rate, betas=recipe.betas[name], weight_decay=settings.weight_decay
         )
 
     optimizers = {
-        "student": build(roles.student_parameters(), recipe.training.learning_rate),
-        "fake": build(roles.fake_parameters(), recipe.fake.learning_rate),
-        "critic": build(list(roles.critic.heads.parameters()), recipe.critic.learning_rate),
+        name: build(name, parameters, rate)
+        for name, parameters, rate in (
+            ("student", roles.student_parameters(), settings.learning_rate),
+            ("fake", roles.fake_parameters(), recipe.fake.learning_rate),
+            ("critic", list(roles.critic.heads.parameters()), recipe.critic.learning_rate),
+        )
     }
     if recipe.score.fit_turns:
-        optimizers["score"] = build(roles.score.parameters(), recipe.score.learning_rate)
+        rate = recipe.score.learning_rate
+        optimizers["score"] = build("score", roles.score.parameters(), rate)
     return optimizers
 
 

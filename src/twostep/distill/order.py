@@ -20,12 +20,20 @@ class Order:
         lengths: tokens of each sample's caption, by id.
         window: batches that are sorted by caption length together, so that their captions pad to
             much the same; 1 leaves them as they are drawn. A window drops what is left of an epoch.
+        files: each sample's file, by id, and how many of them are drawn from at a time; None: all.
     """
 
     def __init__(
-        self, sizes: Sequence[range], lengths: np.ndarray, *, seed: int, window: int = 1
+        self,
+        sizes: Sequence[Sequence[int]],
+        lengths: np.ndarray,
+        *,
+        seed: int,
+        window: int = 1,
+        files: tuple[np.ndarray, int] | None = None,
     ) -> None:
         self.sizes, self.lengths, self.seed, self.window = sizes, lengths, seed, window
+        self.files = files
         # The last epoch of each purpose and size is enough.
         self._drawn: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
@@ -54,9 +62,19 @@ class Order:
         if drawn != epoch:
             samples = self.sizes[size]
             generator = rng(self.seed, Stream.ORDER, purpose, epoch, size)
-            shuffled = generator.permutation(len(samples)) + samples.start
+            shuffled = self._permuted(np.asarray(samples), generator)
             self._drawn[purpose, size] = epoch, shuffled
         return shuffled
+
+    def _permuted(self, ids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        if self.files is None:
+            return ids[generator.permutation(len(ids))]
+        file_of, at_once = self.files
+        files = generator.permutation(np.unique(file_of[ids]))
+        groups = [files[i : i + at_once] for i in range(0, len(files), at_once)]
+        return np.concatenate(
+            [generator.permutation(ids[np.isin(file_of[ids], group)]) for group in groups]
+        )
 
     def _sorted(self, purpose: int, epoch: int, size: int, batch_size: int) -> np.ndarray:
         """An epoch's ids, window by window in order of caption length, batches shuffled again."""
@@ -70,5 +88,8 @@ class Order:
             w.ravel()[np.argsort(self.lengths[w.ravel()], kind="stable")].reshape(w.shape)
             for w in windows
         ]
-        order = rng(self.seed, Stream.CAPTION_WINDOWS, purpose, epoch, size).permutation(batches)
+        generator = rng(self.seed, Stream.CAPTION_WINDOWS, purpose, epoch, size)
+        if self.files is not None:  # batches of one window stay together
+            return np.concatenate([generator.permutation(window) for window in rows]).ravel()
+        order = generator.permutation(batches)
         return np.concatenate(rows)[order].ravel()

@@ -33,6 +33,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def frozen(self) -> Path:
+        """What has learnt before the student and does not change any more: the fitted score."""
+        return self.path / "frozen"
+
+    @property
     def best(self) -> Path:
         """The averaged weights of the best validation."""
         return self.path / "best"
@@ -87,7 +92,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes a finished run, so that the next one begins anew; a cache beside it stays."""
-        for name in ("checkpoints", "samples", "student", "images", "best"):
+        for name in ("checkpoints", "samples", "student", "images", "best", "frozen"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("report.json", "report.html", "metrics.jsonl"):
             (self.path / name).unlink(missing_ok=True)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from twostep.distill.batches import Batches
-from twostep.distill.checkpoint import Progress
+from twostep.distill.checkpoint import Progress, TrainingState
 from twostep.distill.objectives.batch import Batch, Turn
 from twostep.distill.objectives.draws import Draws
+from twostep.distill.objectives.roles import Roles
 from twostep.errors import UserError
 from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World, gathered
@@ -51,17 +52,15 @@ class Gradients:
         settings = self.recipe.training
         for rows in self.rows:
             batch = self.batches.read(number, purpose, rows)
-            draws = Draws(
-                settings.seed, number, purpose,
-                device=self.device, rows=rows, total=settings.batch_size,
-            )  # fmt: skip
+            draws = Draws(settings.seed, number, purpose, device=self.device, rows=rows)
             with self.computing():
                 turn = compute(batch, draws)
             if not turn.terms:
                 return {}
-            (turn.loss / len(self.rows)).backward()
-            for key, value in {"loss": turn.loss.detach(), **turn.terms}.items():
-                part = value / len(self.rows)
+            loss, share = turn.loss.detach(), 1 / len(self.rows)
+            terms = turn.backward(share, self.computing)
+            for key, value in {"loss": loss, **terms}.items():
+                part = value * share
                 total[key] = total[key] + part if key in total else part
         return self.world.mean(total)
 
@@ -135,6 +134,33 @@ class Update:
                 "The last checkpoint is sound; begin a new run with a lower training.learning_rate"
             )
         return False
+
+
+def build_updates(roles: Roles, state: TrainingState, gradients: Gradients) -> dict[str, Update]:
+    """By what they learn: critic, student, joint (both at once), and score where one is fitted."""
+    watched = {"first": roles.first.parameters()}
+    if not roles.shared:
+        watched["second"] = roles.second.parameters()
+    student = {"student": roles.student_parameters()}
+    critic = {"fake": roles.fake_parameters(), "critic": list(roles.critic.heads.parameters())}
+    learning = {
+        "critic": ("critic", critic),
+        "student": ("student", student),
+        "joint": ("student", student | critic),
+    }
+    if gradients.recipe.score.fit_turns:
+        learning["score"] = ("score", {"score": roles.score.parameters()})
+    return {
+        name: Update(
+            gradients,
+            state.progress,
+            purpose=purpose,
+            optimizers={part: state.optimizers[part] for part in parameters},
+            parameters=parameters,
+            watched=watched if "student" in parameters else {},
+        )
+        for name, (purpose, parameters) in learning.items()
+    }
 
 
 def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from twostep.data.cache.read import TeacherCache
-from twostep.distill.batches import order_of
+from twostep.distill.held_out import HeldOut
 from twostep.distill.objectives.roles import Roles
 from twostep.evaluation.metrics import kernel_distance, pairwise_diversity
+from twostep.evaluation.prompts import PromptSet
 from twostep.families.family import PromptBatch
 from twostep.method.flow import add_noise
 from twostep.method.rollout import Rollout, euler, seeded_noise, two_step
 from twostep.models.velocity import bind, guided_field
 from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World
+from twostep.runtime.images import pictures_at_once
 from twostep.runtime.randomness import Stream, seeds_of
 
 # Nearly clean: the features must see the picture, yet stay where the teacher was trained.
 _FEATURE_SIGMA = 0.1
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ class Validation:
 
 
 class Validator:
-    """Fixed prompts, of the recipe's first size, and noise that training never uses.
-
-    Two seeds a prompt.
+    """Prompts and noise that training never uses, of the recipe's first size; two seeds a prompt.
 
     Several processes share the images and then all know all of them.
     """
@@ -52,13 +51,12 @@ class Validator:
     ) -> None:
         self.recipe, self.roles, self.device, self.world = recipe, roles, device, world
         self.schedule = cache.spec.schedule
-        available = 2 * len(cache.spec.samples_of(0))
-        count = min(recipe.training.validation_samples, available) // 2 * 2
-        order = order_of(cache, recipe.training.seed)
-        samples = cache.read(order.of_size(0, 0, count // 2, purpose="validation"))
-        self.prompts = samples.prompts * 2
+        self._at_once = pictures_at_once(recipe.data.height, recipe.data.width)
+        held = HeldOut.of(recipe, cache.spec)
+        samples = cache.read(held.samples)
+        self.prompts = PromptSet(samples.prompts, None, 2)
+        count = len(self.prompts)
         self.embeds = samples.embeds * 2
-        self.groups = torch.arange(count // 2).repeat(2)
         seeds = seeds_of(recipe.data.seed, Stream.VALIDATION_NOISE, 2 * count)
         shape = (samples.latents.shape[1], samples.latents.shape[2], samples.latents.shape[3])
         self.noise = seeded_noise(seeds[:count], shape)
@@ -66,13 +64,16 @@ class Validator:
         self.empty = cache.empty_embeds
         self.teacher_latents = self._teacher(recipe.teacher.steps)
         self.naive_latents = self._teacher(2)
-        # Distances are to teacher images of other prompts and noise, where the cache has them:
-        # a student is to match a distribution, and the estimator takes pairs that share either
-        # for more than equality.
-        others = cache.read(order.of_size(0, 0, 3 * count // 2, purpose="validation")[-count:])
-        self.reference = self._features(others.latents, others.embeds)
-        teacher_features = self._features(self.teacher_latents, self.embeds)
-        self.teacher_diversity = pairwise_diversity(teacher_features, self.groups)
+        # Distances are to teacher images of other prompts and noise: a student is to match a
+        # distribution, and the estimator takes pairs that share either for more than equality.
+        others = cache.read(held.reference)
+        reference = self._hidden(others.latents, others.embeds)
+        # Channels of a hidden state differ in scale by orders of magnitude; each counts alike.
+        self._mean, self._std = reference.mean(0), reference.std(0).clamp_min(1e-6)
+        self.reference = self._standardised(reference)
+        self.teacher_diversity = pairwise_diversity(
+            self._features(self.teacher_latents), self.prompts.groups
+        )
 
     @torch.no_grad()
     def _teacher(self, steps: int) -> Tensor:
@@ -88,7 +89,7 @@ class Validator:
 
     def _parts(self, count: int) -> Sequence[Tensor]:
         """Batches of this process's share of `count` rows."""
-        return torch.tensor(self.world.share(count)).split(_BATCH)
+        return torch.tensor(self.world.share(count)).split(self._at_once)
 
     def _prompts(self, embeds: list[Tensor], rows: Tensor) -> PromptBatch:
         return PromptBatch.collate([embeds[i] for i in rows.tolist()], self.device)
@@ -109,8 +110,16 @@ class Validator:
             )
         )
 
+    def _features(self, latents: Tensor) -> Tensor:
+        """What the teacher sees in images of the validation's prompts, fp64 (N, 2 * dim)."""
+        return self._standardised(self._hidden(latents, self.embeds))
+
+    def _standardised(self, hidden: Tensor) -> Tensor:
+        """Each channel with the reference's mean and spread as 0 and 1."""
+        return (hidden - self._mean) / self._std
+
     @torch.no_grad()
-    def _features(self, latents: Tensor, embeds: list[Tensor]) -> Tensor:
+    def _hidden(self, latents: Tensor, embeds: list[Tensor]) -> Tensor:
         """Mean and spread over tokens of the teacher's middle hidden states, fp64 (N, 2 * dim)."""
         parts = []
         for rows in self._parts(len(latents)):
@@ -127,20 +136,19 @@ class Validator:
     def measure(self) -> Validation:
         """Compares the student as it is now with the teacher.
 
-        `kernel_distance`: to cached teacher images of other prompts (0 on average when equal).
+        `kernel_distance`: on standardised features, to cached teacher images of other prompts (0
+        on average when equal).
         `step1_distance`: the same for the step-1 preview. `diversity`: spread over seeds, as a
         ratio to the teacher's. `latents_std`: ratio to the teacher's. `latents_mean`: shift in
         the teacher's standard deviations.
         """
         rollout = self.student()
-        features = self._features(rollout.clean2, self.embeds)
+        features = self._features(rollout.clean2)
         teacher = self.teacher_latents
         metrics = {
             "kernel_distance": kernel_distance(features, self.reference),
-            "step1_distance": kernel_distance(
-                self._features(rollout.clean1, self.embeds), self.reference
-            ),
-            "diversity": pairwise_diversity(features, self.groups) / self.teacher_diversity,
+            "step1_distance": kernel_distance(self._features(rollout.clean1), self.reference),
+            "diversity": pairwise_diversity(features, self.prompts.groups) / self.teacher_diversity,
             "latents_std": (rollout.clean2.std() / teacher.std()).item(),
             "latents_mean": ((rollout.clean2.mean() - teacher.mean()) / teacher.std()).item(),
         }

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from twostep.evaluation.entries import Entry
@@ -22,9 +20,13 @@ from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.report.page import Pair, write_report
 from twostep.evaluation.report.words import verdict
 from twostep.evaluation.scorers import load_scorer
+from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
+from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_json
-from twostep.runtime.processes import rank_and_world, wait_for
+from twostep.runtime.images import pictures_at_once
+from twostep.runtime.processes import Share, wait_for
+from twostep.runtime.progress import progress_bar
 from twostep.runtime.provenance import stamp
 
 # How many columns the report's pictures have, and how many pairs it shows of each kind.
@@ -41,7 +43,8 @@ class EvaluationRequest:
         scores: scorers' names.
         halves: random halves of the prompts behind each interval; 0 for no intervals.
         size: (height, width) in pixels.
-        timed: images in the batch that is timed; 0 for no timing.
+        timed: images in the batch that is timed, fewer where they are large; 0 for no timing.
+        options: how every model is held, and where.
     """
 
     entries: Sequence[Entry]
@@ -51,6 +54,7 @@ class EvaluationRequest:
     halves: int = 100
     size: tuple[int, int] = (64, 64)
     timed: int = 32
+    options: SamplerOptions = field(default_factory=SamplerOptions)
 
     @property
     def teacher(self) -> Entry:
@@ -101,9 +105,7 @@ class Comparison:
         )  # fmt: skip
 
 
-def evaluate(
-    request: EvaluationRequest, folder: Path, *, device: torch.device | str = "cpu"
-) -> Comparison | None:
+def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     """Makes every model's images and judges them.
 
     Under torchrun every process makes its share of the images; the first one judges, the others
@@ -121,13 +123,14 @@ def evaluate(
     extractors = [load_extractor(name) for name in request.features]
     scorers = [load_scorer(name) for name in request.scores]
     prompts, others = request.prompts, request.teacher.as_reference()
+    memory = request.options.memory
     stores = [
-        ImageStore(folder / entry.key, entry, prompts=prompts, size=request.size)
+        ImageStore(folder / entry.key, entry, prompts=prompts, size=request.size, memory=memory)
         for entry in (*request.entries, others)
     ]
-    rank, world = rank_and_world()
-    _make_all(stores, device=device, rank=rank, world=world)
-    if rank:
+    share = Share.here()
+    _make_all(stores, request.options, share=share)
+    if not share.is_first:
         return None
     wait_for(lambda: not any(s.missing() for s in stores), "the other processes")
 
@@ -150,7 +153,7 @@ def evaluate(
             result[key].setdefault("features", {})[name] = found
     if request.timed:
         console.print("timing", highlight=False)
-        for key, measured in _time(request, device).items():
+        for key, measured in _time(request).items():
             result[key] |= measured
     shown = min(_SHOWN, len(prompts.prompts))
     return Comparison(
@@ -174,34 +177,22 @@ def evaluate(
     )
 
 
-def _make_all(
-    stores: Sequence[ImageStore], *, device: torch.device | str, rank: int, world: int
-) -> None:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
     loaded: dict[str, Sampler] = {}
 
-    def load(model: str) -> Sampler:
+    def load(store: ImageStore) -> Sampler:
+        model = store.entry.model
         if model not in loaded:
             loaded.clear()  # one model in memory at a time
-            loaded[model] = Sampler.load(model, device)
+            loaded[model] = options.load(ModelFolder.open(model), store.prompts.prompts)
         return loaded[model]
 
-    mine = [part for store in stores for part in store.parts[rank::world]]
-    total = sum(part.stop - part.start for part in mine)
-    with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as bars:
-        bar = bars.add_task("images", total=total)
-        # Stores of one model in a row, so that it is loaded once.
-        for store in sorted(stores, key=lambda s: s.entry.model):
-            bars.update(bar, description=f"images of {store.entry.key}")
-            make_images(
-                store,
-                partial(load, store.entry.model),
-                rank=rank,
-                world=world,
-                on_images=partial(bars.advance, bar),
-            )
+    # Stores of one model in a row, so that it is loaded once.
+    for store in sorted(stores, key=lambda s: s.entry.model):
+        count = sum(part.stop - part.start for part in share.of(store.parts))
+        title = f"images of {store.entry.key}"
+        with progress_bar(title, count, unit="images", hidden=not share.is_first) as advance:
+            make_images(store, partial(load, store), share=share, on_images=advance)
 
 
 def _read_all(stores: Sequence[ImageStore]) -> dict[Entry, Tensor]:
@@ -252,11 +243,12 @@ def _of_model(entry: Entry, result: Mapping[str, dict[str, Any]]) -> dict[str, A
     return own if preview is None else own | {"preview": preview}
 
 
-def _time(request: EvaluationRequest, device: torch.device | str) -> dict[str, dict[str, Any]]:
-    prompts, count = request.prompts, min(request.timed, len(request.prompts))
+def _time(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
+    prompts = request.prompts
+    count = min(request.timed, len(prompts), pictures_at_once(*request.size))
     result = {}
     for entry in request.entries:
-        sampler = Sampler.load(entry.model, device)
+        sampler = request.options.load(ModelFolder.open(entry.model), [])
         noise = prompts.noise(slice(0, count), sampler.noise_shape(*request.size))
         latency = measure_latency(sampler, prompts.captions[:count], noise, steps=entry.steps)
         result[entry.key] = {"seconds_per_image": latency.total, "latency": latency.as_dict()}

@@ -1,6 +1,6 @@
 """A model's images on disk, as 8-bit pixels: made once, resumable, shared by processes.
 
-A set is a folder with one `part-00000.safetensors` for every `_PART` images: `images` and, for a
+A set is a folder with one `part-00000.safetensors` for every `PART` images: `images` and, for a
 student, `previews` (what step 1 points to), uint8 (B, 3, H, W). The file's metadata says what it
 was made with.
 """
@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +23,12 @@ from twostep.evaluation.entries import Entry
 from twostep.evaluation.prompts import PromptSet
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
+from twostep.runtime.devices import Memory
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import to_bytes
+from twostep.runtime.processes import ALONE, Share
 
-_PART = 64
+PART = 64
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,35 @@ class ImageStore:
 
     Args:
         size: (height, width) in pixels.
+        memory: how the model's weights are held.
     """
 
     def __init__(
-        self, folder: Path, entry: Entry, *, prompts: PromptSet, size: tuple[int, int]
+        self,
+        folder: Path,
+        entry: Entry,
+        *,
+        prompts: PromptSet,
+        size: tuple[int, int],
+        memory: Memory = "plain",
     ) -> None:
         self.folder, self.entry, self.prompts, self.size = folder, entry, prompts, size
         weights = ModelFolder.open(entry.model).fingerprint
-        settings = [entry.steps, entry.guidance_scale, entry.reference, *size]
-        text = json.dumps([weights, settings, prompts.fingerprint, _PART])
+        settings: list[Any] = [entry.steps, entry.guidance_scale, entry.reference, *size]
+        if memory == "int8":  # others give the same pictures
+            settings.append(memory)
+        text = json.dumps([weights, settings, prompts.fingerprint, PART])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def parts(self) -> list[slice]:
         """The images of each part."""
         total = len(self.prompts)
-        return [slice(i, min(i + _PART, total)) for i in range(0, total, _PART)]
+        return [slice(i, min(i + PART, total)) for i in range(0, total, PART)]
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Parts still to be made by process `rank` of `world`."""
-        return [i for i in range(rank, len(self.parts), world) if not self._is_there(i)]
+    def missing(self, share: Share = ALONE) -> list[int]:
+        """Parts of `share` that are still to be made."""
+        return [i for i in share.of(range(len(self.parts))) if not self._is_there(i)]
 
     def make(self, sampler: Sampler, part: int) -> None:
         """Makes one part."""
@@ -109,8 +121,7 @@ def make_images(
     store: ImageStore,
     load: Callable[[], Sampler],
     *,
-    rank: int = 0,
-    world: int = 1,
+    share: Share = ALONE,
     on_images: Callable[[int], None] | None = None,
 ) -> None:
     """Makes what is missing of `store`; `load` is called only if something is.
@@ -118,9 +129,9 @@ def make_images(
     Args:
         on_images: told how many images each part (or found part) added.
     """
-    missing = store.missing(rank, world)
+    missing = store.missing(share)
     sampler = load() if missing else None
-    for part in range(rank, len(store.parts), world):
+    for part in share.of(range(len(store.parts))):
         rows = store.parts[part]
         if sampler is not None and part in missing:
             store.make(sampler, part)

@@ -68,6 +68,10 @@ class PromptBatch:
         one_bucket = all(b.one_bucket and b.embeds.shape[1] == longest for b in batches)
         return PromptBatch(torch.cat(embeds), torch.cat([b.lengths for b in batches]), one_bucket)
 
+    def rows(self, rows: Sequence[int]) -> PromptBatch:
+        """Some of these prompts."""
+        return PromptBatch(self.embeds[rows], self.lengths[rows], self.one_bucket)
+
     def replace(self, rows: Tensor, other: PromptBatch) -> PromptBatch:
         """These prompts, but `other`'s in the rows where `rows`, (B,) bool, is true."""
         both = PromptBatch.cat([self, other])
@@ -177,6 +181,14 @@ class Family(Protocol):
 
     def without_weights(self, folder: Path, part: str, dtype: torch.dtype) -> Any:
         """The same from its configuration alone, in evaluation mode, on the default device."""
+        ...
+
+    def lora_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A LoRA file's tensors, in any layout, as `transformer.MODULE.lora_A.weight` and `lora_B`.
+
+        Raises:
+            ValueError, KeyError: for a layout that is not known.
+        """
         ...
 
     def as_velocity(self, transformer: Any) -> Any:

@@ -16,7 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
 
 from twostep.families.family import SEQUENCE_MULTIPLE, LatentSpace, Prediction, PromptBatch
@@ -185,6 +185,18 @@ class ZImage:
         finally:
             torch.set_default_dtype(default)
         return self.as_velocity(transformer).eval()
+
+    def lora_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By diffusers' own converter, which would drop DoRA's scales with a warning.
+
+        Raises:
+            ValueError, KeyError: for a layout that is not known.
+        """
+        dora = [key for key in weights if "dora_scale" in key or "magnitude" in key]
+        if dora:
+            raise ValueError(f"{dora[0]}: DoRA is not supported")
+        converted: dict[str, Tensor] = ZImagePipeline.lora_state_dict(dict(weights))
+        return converted
 
     def as_velocity(self, transformer: Any) -> ZImageVelocity:
         """As `Family.as_velocity`.

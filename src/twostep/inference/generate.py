@@ -17,12 +17,13 @@ from twostep.errors import InputError
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import LoraFile
 from twostep.runtime.devices import Memory, Placement
 from twostep.runtime.files import write_atomically
 from twostep.runtime.images import tile, to_pil
 
-# Prompts that are encoded before the transformers are loaded, and remembered.
-_ENCODED_FIRST = 512
+# Prompts that are encoded before the transformers are loaded, and remembered: about 1 GB of them.
+_ENCODED_FIRST = 2048
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -64,8 +65,13 @@ class Picture:
         return json.dumps(record, ensure_ascii=False)
 
 
-def open_model(model: str, *, size: tuple[int, int], steps: int | None) -> ModelFolder:
+def open_model(
+    model: str, *, size: tuple[int, int], steps: int | None, loras: Sequence[LoraFile] = ()
+) -> ModelFolder:
     """The model's folder, once the arguments fit it; loads no weights.
+
+    Args:
+        loras: are added to the weights of each of its steps.
 
     Raises:
         InputError, ModelError: for what does not fit.
@@ -73,7 +79,7 @@ def open_model(model: str, *, size: tuple[int, int], steps: int | None) -> Model
     folder = ModelFolder.open(model)
     folder.latent_shape(size)
     folder.count_steps(steps)
-    return folder
+    return folder.with_loras(loras)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class PictureRequest:
         size: (height, width) in pixels.
         preview: also what step 1 points to; for students only.
         batch_size: pictures at a time.
+        loras: LoRA files on the model.
     """
 
     model: str
@@ -127,6 +134,7 @@ class PictureRequest:
     preview: bool = False
     batch_size: int = 16
     options: SamplerOptions = SamplerOptions()
+    loras: Sequence[LoraFile] = ()
 
 
 def generate(request: PictureRequest, out: Path) -> Iterator[Picture]:
@@ -140,7 +148,7 @@ def generate(request: PictureRequest, out: Path) -> Iterator[Picture]:
         InputError, ModelError: before any picture is made.
     """
     check_prompts(request.prompts)
-    folder = open_model(request.model, size=request.size, steps=request.steps)
+    folder = open_model(request.model, size=request.size, steps=request.steps, loras=request.loras)
     if request.preview:
         folder.check_student("preview")
     out.mkdir(parents=True, exist_ok=True)

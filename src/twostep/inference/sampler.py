@@ -17,6 +17,7 @@ from twostep.models.folder import ModelFolder
 from twostep.models.prompt_encoder import PromptEncoder
 from twostep.models.velocity import Velocity, bind, guided_field
 from twostep.runtime.devices import Placement
+from twostep.runtime.images import pictures_at_once
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,6 @@ class Sampler:
         steps: int | None = None,
         *,
         guidance_scale: float = 0.0,
-        batch_size: int = 64,
     ) -> Sample:
         """Latents for `prompts` from `noise` (len(prompts), C, H, W).
 
@@ -134,6 +134,8 @@ class Sampler:
                 f"got steps={steps}, guidance_scale={guidance_scale}"
             )
         latents, previews = [], []
+        height, width = (side * self.space.scale for side in noise.shape[2:])
+        batch_size = pictures_at_once(height, width)
         for start in range(0, len(prompts), batch_size):
             texts = list(prompts[start : start + batch_size])
             batch = PromptBatch.collate(self.encoder.encode(texts), self.device)

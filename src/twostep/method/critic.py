@@ -39,6 +39,11 @@ class CriticHeads(nn.Module):
         self.heads = nn.ModuleList(Head(hidden_size, width) for _ in range(layers))
 
     def forward(self, hidden: Sequence[Tensor], rows: int, columns: int) -> Tensor:
-        """hidden: one (B, rows * columns, hidden_size) per head. Returns (B, K) logits, fp32."""
+        """hidden: one (B, rows * columns, hidden_size) per head. Returns (B, K) logits.
+
+        Computed in the heads' own fp32, under autocast too: in bf16 a third of the differences
+        that the gradient penalty squares would be exactly 0.
+        """
         pairs = zip(self.heads, hidden, strict=True)
-        return torch.cat([head(h, rows, columns) for head, h in pairs], dim=1)
+        with torch.autocast(hidden[0].device.type, enabled=False):
+            return torch.cat([head(h, rows, columns) for head, h in pairs], dim=1)

@@ -29,16 +29,30 @@ def distribution_matching(clean: Tensor, score_clean: Tensor, fake_clean: Tensor
     """
     clean = clean.float()
     with torch.no_grad():
-        scale = (clean - score_clean).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
-        direction = (score_clean - fake_clean) / scale
+        direction = (score_clean - fake_clean) / _scale(clean, score_clean)
     return pseudo_target(clean, direction)
 
 
-def pseudo_target(clean: Tensor, direction: Tensor) -> Tensor:
-    """A scalar whose gradient in `clean` is `-direction / clean.numel()`.
+def guidance_augmentation(clean: Tensor, conditional: Tensor, unconditional: Tensor) -> Tensor:
+    """The move along the score's guidance (Decoupled DMD, arXiv 2511.22677), per sample, in fp32.
 
-    Also carries guidance augmentation, whose direction is `cond - uncond` (arXiv 2511.22677).
+    On `distribution_matching`'s scale: with weight `alpha - 1` at the same noise level, the two
+    together have the gradient of distribution matching whose score has guidance `alpha`.
+    `conditional` and `unconditional` are the score's clean predictions.
     """
+    clean = clean.float()
+    with torch.no_grad():
+        direction = (conditional - unconditional) / _scale(clean, conditional)
+    return pseudo_target(clean, direction)
+
+
+def _scale(clean: Tensor, score_clean: Tensor) -> Tensor:
+    """How far the score moves each sample, (B, 1, 1, 1): matching weighs samples alike by it."""
+    return (clean - score_clean).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
+
+
+def pseudo_target(clean: Tensor, direction: Tensor) -> Tensor:
+    """A scalar whose gradient in `clean` is `-direction / clean.numel()`."""
     target = (clean + direction).detach()
     return 0.5 * (clean - target).square().mean()
 
@@ -59,4 +73,4 @@ def approximate_r1(real_logits: Tensor, perturbed_logits: Tensor, noise_std: flo
     Both logits must see the same re-noising noise and level; only the clean reals differ, by
     Gaussian noise of `noise_std`.
     """
-    return ((real_logits - perturbed_logits).float() / noise_std).square().mean()
+    return ((real_logits.float() - perturbed_logits.float()) / noise_std).square().mean()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +25,9 @@ from twostep.families.family import Prediction, PromptBatch
 from twostep.models.int8 import pack_int8
 from twostep.models.student import STEPS
 from twostep.runtime.randomness import Stream, torch_seed
+
+# The key under which a LoRA layer finds the adapter it is to read.
+_NOW = "now"
 
 
 class AdapterSwitch:
@@ -34,27 +38,39 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.active = model, ""
+        self.model = model
         self.layers: dict[str, Any] = {
             key: layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
-        self._activate("")
+        self.active: str | None = None
+        self.activate("")
 
-    def _activate(self, name: str) -> None:
+    def activate(self, name: str) -> None:
+        """Lets the layers read adapter `name` from now on; none if it is empty.
+
+        They read it under one key for all of them, so that compiled code does not depend on which
+        it is.
+        """
+        if name == self.active:
+            return
         for layer in self.layers.values():
             layer._disable_adapters = not name
-            layer._active_adapter = [name] if name else []
+            layer._active_adapter = [_NOW]
+            if name:
+                for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+                    parts._modules[_NOW] = parts._modules[name]
+                layer.scaling[_NOW] = layer.scaling[name]
         self.active = name
 
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
         """Inside, the backbone runs with adapter `name`; with none if it is empty."""
         before = self.active
-        self._activate(name)
+        self.activate(name)
         try:
             yield
         finally:
-            self._activate(before)
+            self.activate(before or "")
 
 
 class AdapterVelocity(nn.Module):
@@ -146,6 +162,35 @@ class SharedBackbone(AdapterSwitch):
         parts = {key.replace(".", "/"): part for key, part in self._parts(name).items()}
         return nn.ModuleDict(parts)
 
+    @torch.no_grad()
+    def start(self, name: str, file: Path) -> None:
+        """Gives an adapter the weights of a LoRA file, of its own rank or a lower one.
+
+        What the file has no rank for stays as it begins, so that it adds nothing yet.
+
+        Raises:
+            RecipeError: for a file of a higher rank, or of other layers.
+        """
+        stored = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+        parts = {f"{key}.weight": part for key, part in self._parts(name).items()}
+        if stored.keys() != parts.keys():
+            other = sorted(stored.keys() ^ parts.keys())[0]
+            raise RecipeError(
+                f"student.init: {file} is of other layers than student.target_modules ({other})"
+            )
+        for key, value in stored.items():
+            own: Any = parts[key].weight
+            rank = value.shape[0] if "lora_A" in key else value.shape[1]
+            if rank > self.rank:
+                raise RecipeError(
+                    f"student.init: {file} has rank {rank}, student.rank is {self.rank}"
+                )
+            if "lora_A" in key:
+                own[:rank] = value.to(own)
+            else:
+                own.zero_()
+                own[:, :rank] = value.to(own)
+
     def _parts(self, name: str) -> dict[str, nn.Module]:
         parts: dict[str, nn.Module] = {}
         for key, layer in self.layers.items():
@@ -157,11 +202,13 @@ class SharedBackbone(AdapterSwitch):
         """Recomputes a share of the blocks in the backward pass, each under its own role."""
 
         def run(layer: nn.Module, *inputs: Any) -> Any:
-            name = self.active
+            name = self.active or ""
 
             def under_its_role(*again: Any) -> Any:
-                with self.role(name):
-                    return layer(*again)
+                # Nothing to put back: whoever calls a role says which, and the next block
+                # that is recomputed is most likely this one's neighbour.
+                self.activate(name)
+                return layer(*again)
 
             return checkpoint(under_its_role, *inputs, use_reentrant=False)
 

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from twostep.errors import ModelError
 from twostep.models.locate import locate
+from twostep.runtime.images import pictures_at_once
+
+# One picture of 1024 x 1024, which takes about 2 GB in bf16 on its way through the VAE.
+_PIXELS_AT_ONCE = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -64,21 +68,33 @@ class Decoder:
         return int(2 ** (len(stages) - 1))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
-        """(B, C, H, W) latents to (B, 3, scale * H, scale * W) images in -1..1, fp32."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) latents to (B, 3, scale * H, scale * W) images in -1..1, fp32.
+
+        On the decoder's device, as many at once as its memory is likely to hold.
+        """
         config = self.vae.config
         images = []
-        for part in latents.split(batch_size):
-            part = part.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        for part in latents.split(self._at_once(*latents.shape[2:])):
+            part = (
+                part.to(self.vae.device, self.vae.dtype) / config.scaling_factor
+                + config.shift_factor
+            )
             images.append(self.vae.decode(part, return_dict=False)[0].float().clamp(-1, 1))
         return torch.cat(images).contiguous()
 
     @torch.no_grad()
-    def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Inverse of `decode`, the posterior's mode; fp32."""
         config = self.vae.config
         latents = []
-        for part in images.split(batch_size):
-            code = self.vae.encode(part.to(self.vae.dtype)).latent_dist.mode()
+        height, width = (side // self.scale for side in images.shape[2:])
+        for part in images.split(self._at_once(height, width)):
+            code = self.vae.encode(part.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
             latents.append(((code - config.shift_factor) * config.scaling_factor).float())
         return torch.cat(latents)
+
+    def _at_once(self, height: int, width: int) -> int:
+        """Latents of `height` x `width` in a batch: at full size their channels are many."""
+        sides = height * self.scale, width * self.scale
+        return pictures_at_once(*sides, pixels=_PIXELS_AT_ONCE)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from twostep.errors import InputError, ModelError
 from twostep.families import FAMILIES
@@ -21,6 +22,7 @@ from twostep.method.schedule import Schedule
 from twostep.models.adapters import load_lora_pair
 from twostep.models.codec import Decoder
 from twostep.models.locate import WEIGHTS, locate
+from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
 from twostep.models.prompt_encoder import PromptEncoder
 from twostep.models.student import PARTS, StudentIndex, read_json
@@ -42,6 +44,7 @@ class ModelFolder:
         base: the diffusers folder of everything but LoRA files; for most, `path`.
         family: what knows its network.
         student: what it says of its two steps; None for a teacher.
+        loras: LoRA files that are part of its weights, added as they are loaded.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ModelFolder:
     base: Path
     family: Family
     student: StudentIndex | None
+    loras: tuple[LoraFile, ...] = ()
 
     @staticmethod
     def open(name: str | Path, patterns: Sequence[str] = WEIGHTS) -> ModelFolder:
@@ -67,6 +71,15 @@ class ModelFolder:
         if student is not None and student.teacher is not None:
             base = locate(student.teacher, patterns)
         return ModelFolder(name, path, base, family=_family(base), student=student)
+
+    def with_loras(self, files: Sequence[LoraFile]) -> ModelFolder:
+        """The same model with LoRA files added to its weights, in each of its steps.
+
+        Raises:
+            ModelError: for a file that does not fit it; no weights of the model are read.
+        """
+        check_loras(files, self.family, self.base)
+        return replace(self, loras=(*self.loras, *files))
 
     @property
     def kind(self) -> Literal["teacher", "student", "lora_pair"]:
@@ -146,31 +159,42 @@ class ModelFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with its weights, configurations or templates."""
-        if self.path == self.base:
-            return folder_fingerprint(self.path)
-        both = folder_fingerprint(self.path) + folder_fingerprint(self.base)
-        return hashlib.sha256(both.encode()).hexdigest()
+        """Changes with its weights, LoRA files and their scales, configurations or templates."""
+        parts = [folder_fingerprint(folder) for folder in dict.fromkeys((self.path, self.base))]
+        parts += [f"{lora.sha256}:{lora.scale!r}" for lora in self.loras]
+        return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The transformers that lie in the folder, in the order of the steps."""
         return PARTS if self.kind == "student" else PARTS[:1]
 
+    def load(self, part: str, dtype: torch.dtype) -> Any:
+        """One of its transformers as a velocity, its LoRA files added, on the CPU."""
+        model = self.family.load(self.base, part, dtype)
+        self.add_loras(model)
+        return model
+
+    def add_loras(self, model: nn.Module) -> None:
+        """Adds its LoRA files to the weights of one of its transformers, in place."""
+        add_loras(model, self.loras, self.family, self.base)
+
     def velocities(self, placement: Placement) -> tuple[Velocity, ...]:
         """Its steps, one for a teacher and two for a student, on their device."""
         if self.kind == "lora_pair":
-            model = self.family.load(self.base, "transformer", placement.dtype)
+            model = self.load("transformer", placement.dtype)
             steps: tuple[Velocity, ...] = load_lora_pair(model, self.path)
             place([model], placement)
             return steps
-        models = [self.family.load(self.base, part, placement.dtype) for part in self.parts]
+        models = [self.load(part, placement.dtype) for part in self.parts]
         place(models, placement)
         return tuple(models)
 
     def stored_transformer(self, part: str) -> Any:
-        """A transformer as diffusers has it, in the dtype that it is stored in."""
-        return stored_transformer(self.base, part, self.family.transformer)
+        """A transformer as diffusers has it, its LoRA files added, in the dtype it is stored in."""
+        transformer = stored_transformer(self.base, part, self.family.transformer)
+        self.add_loras(transformer)
+        return transformer
 
     def encoder(
         self,

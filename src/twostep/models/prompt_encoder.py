@@ -95,7 +95,7 @@ class PromptEncoder:
     def encode(
         self, prompts: Sequence[str], batch_size: int = 64, max_length: int = 512
     ) -> list[Tensor]:
-        """One (tokens, D) tensor per prompt, fp32; `prompts` is not changed."""
+        """One (tokens, D) tensor per prompt, as the encoder gives it; `prompts` is not changed."""
         wanted = [p for p in dict.fromkeys(prompts) if p not in self._cache]
         fresh: dict[str, Tensor] = {}
         if self.store is not None:
@@ -140,4 +140,4 @@ class PromptEncoder:
             output_hidden_states=True,
         ).hidden_states[-2]
         lengths = batch.attention_mask.sum(1).tolist()
-        return [h[:n].float() for h, n in zip(hidden, lengths, strict=True)]
+        return [h[:n] for h, n in zip(hidden, lengths, strict=True)]

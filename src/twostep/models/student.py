@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,11 +118,24 @@ def save_student(
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
+    """As `write_student`, of two transformers that are in memory."""
+    write_student(teacher, (first, second), schedule=schedule, folder=folder, dtype=dtype)
+
+
+def write_student(
+    teacher: Path,
+    transformers: Iterable[nn.Module],
+    *,
+    schedule: Schedule,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Writes a student as a diffusers folder: the teacher's parts and two transformers.
 
     Args:
         teacher: the teacher's folder; everything but its transformer is copied.
-        first, second: diffusers transformers; not changed.
+        transformers: diffusers transformers of step 1 and step 2; not changed. The second is asked
+            for when the first is written and let go.
         folder: replaced if it exists, at the very end.
     """
     temporary = folder.with_name(folder.name + ".tmp")
@@ -129,9 +143,12 @@ def save_student(
     temporary.mkdir(parents=True)
     for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
         shutil.copytree(teacher / part, temporary / part)
-    for name, transformer in zip(PARTS, (first, second), strict=True):
+    steps = iter(transformers)
+    for name in PARTS:
+        transformer = next(steps)
         weights = {k: v.detach().to("cpu", dtype) for k, v in transformer.state_dict().items()}
         transformer_with(transformer, weights).save_pretrained(temporary / name)
+        del transformer, weights
     index = read_json(teacher / "model_index.json")
     shutil.copyfile(STANDALONE, temporary / "pipeline.py")
     index["_class_name"] = CLASS_NAME

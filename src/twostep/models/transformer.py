@@ -29,7 +29,15 @@ def transformer_with(like: nn.Module, weights: Mapping[str, Tensor]) -> Any:
     return shell
 
 
-def whole_transformer(transformer: nn.Module) -> Any:
-    """A transformer, sharded or not, as an ordinary one on the CPU. For all processes."""
-    weights = {key: gathered(value).cpu() for key, value in transformer.state_dict().items()}
-    return transformer_with(transformer, weights)
+def whole_transformer(transformer: nn.Module, *, keep: bool = True) -> Any:
+    """A transformer, sharded or not, as an ordinary one on the CPU. For all processes.
+
+    Args:
+        keep: whether this process wants it; without, it only helps the others and gets None.
+    """
+    weights = {}
+    for key, value in transformer.state_dict().items():
+        whole = gathered(value)
+        if keep:
+            weights[key] = whole.cpu()
+    return transformer_with(transformer, weights) if keep else None

@@ -6,10 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModel
 
 from twostep.families.family import PromptBatch
 from twostep.method.rollout import two_step
@@ -18,10 +15,17 @@ from twostep.models.codec import Decoder
 from twostep.models.int8 import pack_int8
 from twostep.models.student import STEPS
 from twostep.models.velocity import Velocity, bind
-from twostep.planning.weightless import load_weightless, make_fake, open_weightless
-from twostep.recipe.schema import Student
+from twostep.planning.teaching import text_encoder_of
+from twostep.planning.weightless import (
+    load_weightless,
+    make_fake,
+    open_weightless,
+    vae_without_weights,
+)
+from twostep.recipe.models import Student
 from twostep.runtime.devices import Memory
 from twostep.runtime.memory_meter import live_bytes, weight_bytes
+from twostep.runtime.shape_tensors import ShapesOnly
 
 Steps = Literal["two_sets", "lora"]
 
@@ -58,6 +62,7 @@ def generation_needs(
     steps: Steps,
     memory: Memory,
     size: tuple[int, int],
+    *,
     batch_size: int = 1,
     prompt_tokens: int = 128,
     rank: int = 64,
@@ -84,10 +89,8 @@ def generation_needs(
     ]
     with torch.device("meta"):
         first, second = _steps(networks, rank)
-        vae = AutoencoderKL.from_config(
-            AutoencoderKL.load_config(folder.base, subfolder="vae")
-        ).eval()
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    vae = vae_without_weights(folder)
+    with torch.no_grad(), ShapesOnly():
         for network in networks:
             make_fake(network, dtype)
             if memory == "int8":
@@ -104,7 +107,7 @@ def generation_needs(
         with live_bytes() as decoding:
             decoder.decode(noise)
         return GenerationNeeds(
-            text_encoder=_text_encoder_bytes(folder.config("text_encoder"), dtype),
+            text_encoder=weight_bytes(text_encoder_of(folder, dtype)),
             transformers=held,
             decoder=weight_bytes(decoder.vae),
             steps=rolling.peak,
@@ -128,9 +131,3 @@ def _largest_neighbours(transformer: nn.Module) -> int:
     return sum(sorted(layers)[-2:]) + sum(
         p.numel() * p.element_size() for p in transformer.parameters(recurse=False)
     )
-
-
-def _text_encoder_bytes(values: dict[str, Any], dtype: torch.dtype) -> int:
-    config = AutoConfig.for_model(**values)
-    with torch.device("meta"):
-        return weight_bytes(AutoModel.from_config(config)) // 4 * dtype.itemsize

@@ -1,102 +1,45 @@
 """`twostep plan`: what a recipe needs, worked out before anything is loaded.
 
-The turns of the trainer itself run on fake tensors, which have a shape, a type and a life, but no
+The project's own code runs, stage by stage, on tensors that have a shape, a type and a life, but no
 memory. Bytes alive are counted as storages come and go, operations by torch's own formulas.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twostep.data.cache.spec import recipe_schedule
 from twostep.distill.batches import divide_batch
-from twostep.distill.objectives.batch import Batch, Turn
 from twostep.distill.objectives.build import build_roles
-from twostep.distill.objectives.draws import Draws
-from twostep.distill.objectives.roles import Roles
 from twostep.distill.objectives.turns import Objectives
-from twostep.distill.optimizers import state_numbers
+from twostep.planning.checking import count_decoding, count_forward, count_validation
+from twostep.planning.disk import cache_bytes, comfyui_host_bytes, student_bytes
+from twostep.planning.roles import fitting_bytes, plan_roles
+from twostep.planning.run import RunStages, checkpoint_bytes
+from twostep.planning.stages import Needs, Stage, TrainingPlan, largest
+from twostep.planning.teaching import encoding_stage, sampling_stage
+from twostep.planning.turns import Counted, count_turn, gathered_bytes, turns_of, turns_of_a_student
+from twostep.planning.using import using_stages
 from twostep.planning.weightless import (
     CPU,
-    cache_bytes,
     load_weightless,
     make_fake,
     open_weightless,
     random_batch,
 )
 from twostep.recipe.schema import Recipe
-from twostep.runtime.memory_meter import gradients_dropped, live_bytes
+from twostep.runtime.devices import Placement
+from twostep.runtime.progress import progress_bar
+from twostep.runtime.shape_tensors import ShapesOnly
 
-# The CUDA context, cuBLAS workspaces and what the allocator cannot reuse.
-_RESERVED_BYTES = 2 << 30
-
-
-@dataclass(frozen=True)
-class RolePlan:
-    """Bytes of one role on one process, while the student is trained."""
-
-    name: str
-    parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a recipe needs; bytes on each process.
-
-    Attributes:
-        activations: by turn, on pictures of the largest size: what comes alive at its peak beside
-            what `roles` hold.
-        flops: by turn, on the largest size: operations over the whole batch, of all processes.
-        peak: of the largest turn, `roles` and the device's own needs included.
-        cache, checkpoint: on disk.
-    """
-
-    roles: list[RolePlan]
-    activations: dict[str, int]
-    flops: dict[str, int]
-    peak: int
-    cache: int
-    checkpoint: int
-    micro_batch: int
-
-
-@dataclass(frozen=True)
-class TrainingPlan(Needs):
-    """Needs against what there is.
-
-    Attributes:
-        memory: bytes of each process.
-        seconds_per_1000_turns: the critic's turns included; None without a rate.
-        advice: which settings would make it fit, where it does not.
-    """
-
-    processes: int
-    memory: int
-    seconds_per_1000_turns: float | None
-    advice: list[str]
-
-    @property
-    def fits(self) -> bool:
-        return self.peak <= self.memory
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self) | {"fits": self.fits}, indent=1)
+# The CUDA context, cuBLAS workspaces and what the allocator cannot reuse; on a CPU the interpreter
+# and its libraries.
+_RESERVED_BYTES = {"cuda": 2 << 30, "cpu": 1 << 29}
+# Told that one of the things to be counted is.
+Advance = Callable[[int], None]
 
 
 def plan(
@@ -105,40 +48,134 @@ def plan(
     memory_gib: float = 80.0,
     prompt_tokens: int = 128,
     tflops: float | None = None,
+    disk_rate: float = 1.0,
 ) -> TrainingPlan:
-    """Works out what `recipe` needs.
+    """Works out what `recipe` needs at every stage.
 
     Args:
         processes: GPUs.
         memory_gib: of each.
         prompt_tokens: length of a caption, in tokens.
         tflops: achieved rate of each process, in 1e12 operations per second.
+        disk_rate: in 1e9 bytes per second.
 
     Raises:
         RecipeError, ModelError: for a recipe that cannot run.
     """
-    needs, memory = measure(recipe, processes, prompt_tokens), int(memory_gib * 2**30)
+    memory = int(memory_gib * 2**30)
+    folder = open_weightless(recipe.teacher.model)
+    schedule = recipe_schedule(recipe, folder)
+    cache, student = cache_bytes(recipe, folder, prompt_tokens), student_bytes(folder)
+    fitted, warmed = recipe.score.fit_turns > 0, recipe.losses.warmup_turns > 0
+    counted = 2 + fitted + warmed + (recipe.training.joint_turns > 0) + 8
+    with progress_bar("plan", counted) as advance:
+        needs = measure(recipe, processes, prompt_tokens, advance=advance)
+        with ShapesOnly():
+            teaching = [encoding_stage(recipe, folder, prompt_tokens, disk=cache)]
+            advance(1)
+            teaching.append(sampling_stage(recipe, folder, schedule, prompt_tokens, disk=cache))
+            advance(1)
+            comfyui = comfyui_host_bytes(folder)
+        others = [Stage("export: comfyui", 0, host=comfyui, disk=student)]
+        others += using_stages(recipe, prompt_tokens, _placement(recipe).dtype, advance=advance)
     seconds = None
     if tflops is not None:
-        critic_turns = recipe.training.critic_turns
-        operations = needs.flops["student"] + critic_turns * needs.flops["critic"]
+        operations = sum(needs.flops[name] * n for name, n in needs.turns_of_a_student.items())
         seconds = 1000 * operations / (tflops * 1e12 * processes)
+    stages = [*teaching, *needs.stages, *others]
     advice: list[str] = []
-    if needs.peak > memory:
-        advice.extend(_advice(recipe, processes, prompt_tokens, memory))
+    if largest(stages) + needs.reserved > memory:
+        advice.extend(
+            _advice(recipe, processes, prompt_tokens, memory, least=largest(teaching + others))
+        )
     return TrainingPlan(
-        **vars(needs),
+        **vars(needs) | {"stages": stages},
+        cache=cache,
+        student=student,
         processes=processes,
         memory=memory,
         seconds_per_1000_turns=seconds,
+        seconds_per_checkpoint=needs.checkpoint / (disk_rate * 1e9),
         advice=advice,
     )
 
 
-def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
-    """Builds the roles without weights and runs their turns."""
+def measure(
+    recipe: Recipe,
+    processes: int,
+    prompt_tokens: int,
+    *,
+    advance: Advance = lambda _: None,
+) -> Needs:
+    """Builds the roles without weights, runs their turns and what comes due between them."""
     folder = open_weightless(recipe.teacher.model)
-    # Counted as it is written: a compiler would only see fake tensors.
+    recipe, rows = _as_counted(recipe, processes)
+    settings = recipe.training
+    with torch.device("meta"):
+        roles = build_roles(recipe, folder, device=CPU, load=load_weightless)
+    shards = 1
+    if recipe.distributed.sharding == "shard":
+        # Beyond one machine, of 8, weights are gathered within it.
+        shards = recipe.distributed.shard_size or min(processes, 8)
+    held = plan_roles(recipe, roles, shards)
+    schedule = recipe_schedule(recipe, folder)
+    sizes, size = recipe.data.sizes, (recipe.data.height, recipe.data.width)
+    with ShapesOnly():
+        # Sharded weights are gathered in the type they compute in, and not cast once more.
+        gathered_dtype = torch.bfloat16 if shards > 1 and settings.autocast else None
+        for role in roles.by_name().values():
+            make_fake(role.model, gathered_dtype)
+        make_fake(roles.critic.heads)
+        batch = random_batch(recipe, folder, rows=rows, prompt_tokens=prompt_tokens)
+        objectives = Objectives.build(recipe, roles, schedule)
+        runs: dict[str, Counted] = {}
+        for name, turn in turns_of(recipe, objectives).items():
+            runs[name] = count_turn(turn, roles, batch, recipe)
+            advance(1)
+        largest_size = max(sizes, key=lambda s: s[0] * s[1])
+        forward = count_forward(
+            recipe, folder, roles, size=largest_size, prompt_tokens=prompt_tokens
+        )
+        validation = count_validation(
+            recipe, folder, roles, schedule=schedule, prompt_tokens=prompt_tokens
+        )
+        advance(1)
+        shown = min(settings.sample_prompts, settings.validation_samples)
+        decoder, decoding = count_decoding(folder, size, shown, _placement(recipe))
+        advance(1)
+    gathered = gathered_bytes(roles) if shards > 1 else 0
+    fitting = fitting_bytes(recipe, roles, shards) if recipe.score.fit_turns else 0
+    checkpoint = checkpoint_bytes(held, roles, shards)
+    run = RunStages(
+        recipe,
+        held,
+        extra=decoder + gathered,
+        fitting=fitting,
+        checkpoint=checkpoint,
+        frozen=4 * sum(p.numel() for p in roles.score.parameters()),
+    )
+    stages = [
+        *run.turns(runs),
+        *run.checks(validation, decoding),
+        run.save(processes),
+        run.end(folder),
+    ]
+    return Needs(
+        roles=held,
+        activations={name: found.peak + gathered for name, found in runs.items()},
+        flops={n: run.operations * (settings.batch_size // rows) for n, run in runs.items()},
+        forwards={n: run.operations / rows / forward.operations for n, run in runs.items()},
+        turns_of_a_student=turns_of_a_student(recipe),
+        stages=stages,
+        reserved=_RESERVED_BYTES[_device_type(recipe)],
+        checkpoint=checkpoint,
+        micro_batch=rows,
+    )
+
+
+def _as_counted(recipe: Recipe, processes: int) -> tuple[Recipe, int]:
+    """The recipe as it can be run without weights, and the samples of a micro-batch."""
+    # Counted as it is written: a compiler would only see shapes.
     settings = recipe.training.model_copy(update={"compile": False})
     _, rows = divide_batch(
         settings.batch_size, processes=processes, micro_batch=settings.micro_batch
@@ -147,130 +184,27 @@ def measure(recipe: Recipe, processes: int, prompt_tokens: int) -> Needs:
     if recipe.score.model is not None:
         score = str(open_weightless(recipe.score.model).path)
         changes["score"] = recipe.score.model_copy(update={"model": score})
-    recipe = recipe.model_copy(update=changes)
-    with torch.device("meta"):
-        roles = build_roles(recipe, folder, device=CPU, load=load_weightless)
-    shards = 1
-    if recipe.distributed.sharding == "shard":
-        shards = recipe.distributed.shard_size or processes
-    held = _roles(recipe, roles, shards)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        # Sharded weights are gathered in the type they compute in, and not cast once more.
-        gathered_dtype = torch.bfloat16 if shards > 1 and settings.autocast else None
-        for role in roles.by_name().values():
-            make_fake(role.model, gathered_dtype)
-        make_fake(roles.critic.heads)
-        objectives = Objectives.build(recipe, roles, recipe_schedule(recipe, folder))
-        batch = random_batch(recipe, folder, rows=rows, prompt_tokens=prompt_tokens)
-        turns: dict[str, Callable[[Batch, Draws], Turn]] = {
-            "warm-up": objectives.student.warmup,
-            "student": objectives.student,
-            "critic": objectives.critic,
-        }
-        if not recipe.losses.warmup_turns:
-            del turns["warm-up"]
-        if recipe.score.fit_turns:
-            turns["score"] = objectives.score
-        runs = {name: _run(turn, roles, batch, recipe) for name, turn in turns.items()}
-    gathered = _gathered_bytes(roles) if shards > 1 else 0
-    activations = {name: found.peak + gathered for name, found in runs.items()}
-    static = sum(role.total for role in held)
-    trained = sum(r.parameters for r in held if r.gradients)
-    averaged = sum(r.parameters for r in held if r.average)
-    states = sum(r.optimizer * (1 if r.name == "critic" else shards) for r in held)
-    fitted = sum(p.numel() for p in roles.score.parameters())
-    return Needs(
-        roles=held,
-        activations=activations,
-        flops={name: found.flops * (settings.batch_size // rows) for name, found in runs.items()},
-        peak=static + max(activations.values()) + _RESERVED_BYTES,
-        cache=cache_bytes(recipe, folder, prompt_tokens),
-        checkpoint=4 * (trained + averaged + fitted) + states,
-        micro_batch=rows,
-    )
+    return recipe.model_copy(update=changes), rows
 
 
-def _roles(recipe: Recipe, roles: Roles, shards: int) -> list[RolePlan]:
-    """Every role once; what several of them share stands with the first."""
-    seen: set[int] = set()
-    result = []
-    for name, role in roles.by_name().items():
-        trained = {id(p) for p in role.parameters()}
-        # Buffers: packed weights.
-        held = chain(role.model.parameters(), role.model.buffers())
-        own = [p for p in held if id(p) not in seen]
-        if recipe.student.weights == "lora" and trained:
-            own = [p for p in own if id(p) in trained]
-        elif recipe.student.weights == "lora":
-            own = [p for p in own if not p.requires_grad]
-        seen.update(id(p) for p in own)
-        if name == "score":
-            # Its gradients and optimizer states are gone before the student's are there.
-            trained = set()
-        averaged = name in ("first", "second")
-        result.append(
-            _role_plan(recipe, name, own, trained=trained, averaged=averaged, shards=shards)
-        )
-    critic = list(roles.critic.heads.parameters())
-    result.append(_role_plan(recipe, "critic", critic, trained={id(p) for p in critic}))
-    return result
+def _device_type(recipe: Recipe) -> str:
+    """A plan is for a GPU, unless the recipe says otherwise."""
+    return "cpu" if recipe.training.device == "cpu" else "cuda"
 
 
-def _role_plan(
-    recipe: Recipe,
-    name: str,
-    own: Sequence[Tensor],
-    *,
-    trained: set[int],
-    averaged: bool = False,
-    shards: int = 1,
-) -> RolePlan:
-    optimizer = recipe.training.optimizer
-    learning = [p for p in own if id(p) in trained]
-    learnt = sum(p.numel() for p in learning)
-    return RolePlan(
-        name=name,
-        parameters=sum(p.numel() for p in own),
-        weights=sum(p.numel() * p.element_size() for p in own) // shards,
-        gradients=4 * learnt // shards,
-        optimizer=4 * sum(state_numbers(p, optimizer) for p in learning) // shards,
-        average=4 * learnt * averaged // shards,
-    )
+def _placement(recipe: Recipe) -> Placement:
+    on_cpu = _device_type(recipe) == "cpu"
+    return Placement(CPU, torch.float32 if on_cpu else torch.bfloat16)
 
 
-def _gathered_bytes(roles: Roles) -> int:
-    """With sharded weights: a block as it runs and the next, whole, and its gradients."""
-    blocks = roles.teacher.model.layers
-    return max(sum(p.numel() for p in block.parameters()) for block in blocks) * (2 * 2 + 4)
+def _advice(
+    recipe: Recipe, processes: int, prompt_tokens: int, memory: int, *, least: int
+) -> Iterator[str]:
+    """Settings that would make it fit, one at a time and then all together.
 
-
-@dataclass(frozen=True)
-class _Found:
-    peak: int
-    flops: int
-
-
-def _run(
-    turn: Callable[[Batch, Draws], Turn], roles: Roles, batch: Batch, recipe: Recipe
-) -> _Found:
-    """One turn forwards and backwards; bytes alive at the peak beside weights and gradients.
-
-    All gradients are there when the second micro-batch begins, and sharded ones are reduced as
-    they come: activations are counted without them, not less what they are at the end.
+    Args:
+        least: bytes of the stages that none of them changes.
     """
-    modules = roles.trained_modules().values()
-    parameters = chain.from_iterable(module.parameters() for module in modules)
-    with gradients_dropped(parameters), live_bytes() as live:
-        autocast = recipe.training.autocast
-        with torch.autocast("cpu", torch.bfloat16, autocast):
-            found = turn(batch, Draws(0, 0, "student", device=CPU))
-        if found.terms:
-            found.loss.backward()
-    return _Found(live.peak, live.operations)
-
-
-def _advice(recipe: Recipe, processes: int, prompt_tokens: int, memory: int) -> Iterator[str]:
-    """Settings that would make it fit, one at a time and then all together."""
     own = recipe.training.batch_size // processes
     steps: list[tuple[str, dict[str, dict[str, Any]]]] = []
     if not recipe.training.checkpoint_activations:
@@ -289,7 +223,8 @@ def _advice(recipe: Recipe, processes: int, prompt_tokens: int, memory: int) -> 
     for name, changes in steps:
         applied.append(name)
         recipe = _with(recipe, changes)
-        peak = measure(recipe, processes, prompt_tokens).peak
+        needs = measure(recipe, processes, prompt_tokens)
+        peak = max(needs.peak, least + needs.reserved)
         if peak <= memory:
             yield f"{' '.join(applied)} would fit: {peak / 2**30:.1f} GiB"
             return

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from twostep.distill.objectives.batch import Batch
 from twostep.families.family import PromptBatch
 from twostep.models.folder import ModelFolder
 from twostep.models.locate import CONFIGURATIONS as CONFIGURATION_FILES
 from twostep.recipe.schema import Recipe
+from twostep.runtime.shape_tensors import ShapeTensor
 
 CONFIGURATIONS = Path(__file__).parent / "configurations"
 # Models whose shape is known without asking the hub.
@@ -39,18 +40,25 @@ def load_weightless(folder: ModelFolder, part: str, dtype: torch.dtype) -> Any:
     return folder.family.without_weights(folder.base, part, dtype)
 
 
+def vae_without_weights(folder: ModelFolder) -> Any:
+    """The folder's VAE on the meta device."""
+    with torch.device("meta"):
+        config = AutoencoderKL.load_config(folder.base, subfolder="vae")
+        return AutoencoderKL.from_config(config).eval()
+
+
 def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Fake tensors on the CPU for the module's weights: unlike meta tensors they autocast.
+    """Weights without values, inside `ShapesOnly`; unlike meta tensors they autocast.
 
     Args:
         dtype: of all parameters; each keeps its own if None.
     """
     for owner in module.modules():
         for name, packed in owner.named_buffers(recurse=False):
-            if not isinstance(packed, FakeTensor):
+            if not isinstance(packed, ShapeTensor):
                 setattr(owner, name, torch.empty(packed.shape, dtype=packed.dtype, device=CPU))
         for name, parameter in owner.named_parameters(recurse=False):
-            if not isinstance(parameter, FakeTensor):
+            if not isinstance(parameter, ShapeTensor):
                 fake = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=CPU)
                 setattr(owner, name, nn.Parameter(fake, parameter.requires_grad))
 
@@ -73,13 +81,3 @@ def random_batch(
         noise=latents, latents=latents, trajectory=latents, reals=latents,
         real_prompts=prompts, prompts=prompts, empty=prompts,
     )  # fmt: skip
-
-
-def cache_bytes(recipe: Recipe, folder: ModelFolder, prompt_tokens: int) -> int:
-    """Bytes of the teacher's cache on disk."""
-    sizes = recipe.data.sizes
-    latents = sum(math.prod(folder.space.shape(*size)) for size in sizes) // len(sizes)
-    features = folder.family.caption_width(folder.architecture)
-    prompts = recipe.data.prompt_count
-    # Latents at the end and, where the student's second level is the teacher's, on the way.
-    return 4 * prompts * (2 * latents * recipe.data.samples_per_prompt + prompt_tokens * features)

@@ -91,7 +91,7 @@ _OverrideLoader.add_implicit_resolver(
 
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
+    key = re.sub(r"\.(\d+)\b", r"[\1]", ".".join(location))
     if error["type"] == "extra_forbidden":
         renamed = RENAMED.get(key)
         if renamed is not None:

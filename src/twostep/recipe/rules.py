@@ -24,6 +24,8 @@ def check(recipe: Recipe) -> None:
     _guidance_has_a_source(recipe)
     _lora_fits(recipe)
     _sharding_fits(recipe)
+    if recipe.training.best_by == "score" and not recipe.training.validation_scores:
+        raise ValueError("training.best_by: score needs training.validation_scores")
     if recipe.losses.warmup_turns > recipe.training.turns:
         raise ValueError(
             f"losses.warmup_turns ({recipe.losses.warmup_turns}) exceeds "
@@ -58,10 +60,6 @@ def _lora_fits(recipe: Recipe) -> None:
         raise ValueError(
             "losses.consistency needs student.steps: shared, since one network must "
             f"answer at every noise level; got {student.steps}"
-        )
-    if student.weights == "lora" and student.init is not None:
-        raise ValueError(
-            "student.init is not available with student.weights: lora, whose adapters start at zero"
         )
 
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from twostep.runtime.processes import rank_and_world
+from twostep.runtime.processes import Share
 
 
 class World:
@@ -24,7 +24,8 @@ class World:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rank, self.size = rank_and_world()
+        here = Share.here()
+        self.rank, self.size = here.rank, here.size
         self.device = device
         self._background: dist.ProcessGroup | None = None
         if self.size > 1 and not dist.is_initialized():
@@ -99,6 +100,16 @@ class World:
         """Ends what joining began; the process may not train on."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def own_part(value: Tensor, like: DTensor) -> Tensor:
+    """This process's part of `value`, split as `like` is; every process has all of `value`."""
+    for dimension, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            place = like.device_mesh.get_local_rank(dimension)
+            parts = value.chunk(like.device_mesh.size(dimension), placement.dim)
+            value = parts[place] if place < len(parts) else value.narrow(placement.dim, 0, 0)
+    return value
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -7,9 +7,19 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+# Of one batch through a transformer: four pictures of 1024 x 1024.
+_PIXELS_AT_ONCE, _MOST_AT_ONCE = 4 * 1024 * 1024, 64
 _GAP = 2
 # Small pictures are enlarged until their shorter side has about this many pixels.
 _SHOWN_SIDE = 128
+
+
+def pictures_at_once(height: int, width: int, *, pixels: int = _PIXELS_AT_ONCE) -> int:
+    """How many pictures of `height` x `width` make a batch of about `pixels`; 1 to 64.
+
+    A transformer is busy with four large pictures, and a larger batch only takes memory.
+    """
+    return max(1, min(_MOST_AT_ONCE, pixels // (height * width)))
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -1,21 +1,22 @@
-"""Counts the bytes that are alive while code runs, and its operations; on fake tensors, too."""
+"""Counts the bytes that are alive while code runs, and its operations; on shapes alone, too."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-# torch knows how many operations CUDA's attention kernels take; fake tensors call the CPU's.
+from twostep.runtime.shape_tensors import ShapesOnly
+
+# torch knows how many operations CUDA's attention kernels take; shapes alone call the CPU's.
 _OPERATIONS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         torch.ops.aten._scaled_dot_product_flash_attention
@@ -24,42 +25,38 @@ _OPERATIONS = flop_registry | {
         torch.ops.aten._scaled_dot_product_flash_attention_backward
     ],
 }
-# Operations that a fake tensor meets for the first time between two collections.
-_COLLECT_EVERY = 20
 # Growth of what is alive that is worth a collection.
-_NEW_PEAK = 1.02
+_NEW_PEAK = 1.05
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes:
     """Bytes of the storages that came alive inside and still are, and the most there were.
 
     Also counts operations, since torch's own counter keeps tensors alive.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.now = self.peak = self.operations = 0
         self._collected_at = 0.0
-        self._met = FakeTensorMode.cache_misses
         self._known: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def saw(
+        self,
+        func: Any,
+        given: Iterable[Tensor],
+        made: Iterable[Tensor],
+        call: tuple[Sequence[Any], Any],
+    ) -> None:
+        """Counts one operation on `given`, of which `made` came; `call` is arguments and result."""
+        args, result = call
         # What first comes up as an argument was there before: a view of it is nothing new.
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage(), 0)
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._add(storage, storage.nbytes())
+        for tensor in given:
+            self._add(tensor.untyped_storage(), 0)
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            self._add(storage, storage.nbytes())
         if (count := _OPERATIONS.get(func._overloadpacket)) is not None:
-            self.operations += int(count(*args, **(kwargs or {}), out_val=result))
-        # What is kept about an operation met for the first time holds its tensors in a cycle.
-        if FakeTensorMode.cache_misses - self._met >= _COLLECT_EVERY:
-            self._met = FakeTensorMode.cache_misses
-            gc.collect()
-        return result
+            self.operations += int(count(*args, out_val=result))
 
     def _add(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
@@ -71,6 +68,8 @@ class LiveBytes(TorchDispatchMode):
             self.now -= size
 
         self._known[key] = weakref.ref(storage, gone)
+        if not size:
+            return
         self.now += size
         if self.now > _NEW_PEAK * self._collected_at:
             # What only a cycle still holds is no peak, whoever ran in this process before.
@@ -79,14 +78,38 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+class _Watching(TorchDispatchMode):
+    """Tells `live` of operations on ordinary tensors."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        super().__init__()
+        self.live = live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Before it runs: what it makes may be a view of what goes in.
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.live.saw(func, given, made, (args, result))
+        return result
+
+
 @contextmanager
 def live_bytes() -> Iterator[LiveBytes]:
-    """Counts what runs inside."""
+    """Counts what runs inside, on ordinary tensors or on those of an active `ShapesOnly`."""
+    live, mode = LiveBytes(), _get_current_dispatch_mode()
     gc.collect()
     gc.freeze()  # so that collections look at what is new only
     try:
-        with LiveBytes() as mode:
-            yield mode
+        if isinstance(mode, ShapesOnly):
+            mode.watchers.append(live.saw)
+            try:
+                yield live
+            finally:
+                mode.watchers.remove(live.saw)
+        else:
+            with _Watching(live):
+                yield live
     finally:
         gc.unfreeze()
 

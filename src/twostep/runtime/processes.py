@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -12,14 +14,35 @@ from twostep.errors import UserError
 
 _WAIT_SECONDS = 24 * 3600
 
+Item = TypeVar("Item")
+
 
 class WaitError(UserError, RuntimeError):
     """Another process did not deliver."""
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+@dataclass(frozen=True)
+class Share:
+    """One process's part of the work: the `rank`-th of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def here() -> Share:
+        """As torchrun started this process; the whole without torchrun."""
+        return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Its part of `items`: every `size`-th of them."""
+        return items[self.rank :: self.size]
+
+
+ALONE = Share()
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -17,7 +17,7 @@ class Stream(IntEnum):
 
     CACHE_NOISE = 1  # sample
     ORDER = 2  # purpose, epoch, size
-    DRAWS = 3  # purpose, turn
+    DRAWS = 3  # purpose, turn, row
     VALIDATION_NOISE = 4
     EXTERNAL_REALS = 5  # batch
     EVALUATION_NOISE = 6
@@ -25,6 +25,7 @@ class Stream(IntEnum):
     SIZE_TURNS = 8  # purpose, block
     ADAPTERS = 9  # place
     HEADS = 10
+    HELD_OUT = 11
 
 
 def rng(seed: int, stream: Stream, *index: int) -> np.random.Generator:

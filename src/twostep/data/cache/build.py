@@ -2,6 +2,9 @@
 
 Each process builds its own shards; the first then waits for the rest and writes the manifest. They
 meet through the shards on disk, so no process group is needed.
+
+Prompts come first and pictures after: the text encoder is let go before the transformer is read, so
+that a device need never hold both.
 """
 
 from __future__ import annotations
@@ -15,26 +18,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from twostep.data.cache.encoded import EncodedPrompts
 from twostep.data.cache.read import TeacherCache
 from twostep.data.cache.shards import CacheError, check_shard, checksum, shard_files
 from twostep.data.cache.spec import VERSION, CacheSpec, Shard
 from twostep.families.family import PromptBatch
-from twostep.inference.sampler import Sampler
 from twostep.method.rollout import euler, seeded_noise
-from twostep.models.velocity import guided_field
+from twostep.models.velocity import Velocity, guided_field
 from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import Placement, pick_device
 from twostep.runtime.files import write_atomically, write_json
-from twostep.runtime.processes import local_device, rank_and_world, wait_for
+from twostep.runtime.images import pictures_at_once
+from twostep.runtime.processes import Share, local_device, wait_for
 from twostep.runtime.progress import progress_bar
-
-_BATCH = 64
 
 
 def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
     """The recipe's cache, built as far as it is not there yet.
 
-    Every shard is read from end to end once, when it is made or found, by one process.
+    Every shard is read from end to end once, when it is made or found, by one process. The teacher
+    computes in `teacher.dtype`.
 
     Args:
         repair: rebuild shards that are corrupt, truncated or foreign instead of refusing them.
@@ -44,64 +47,165 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
         ModelError, PromptError, RecipeError: for what the recipe names wrongly.
     """
     spec = CacheSpec.of(recipe)
-    rank, size = rank_and_world()
+    share = Share.here()
     manifest = spec.folder / "manifest.json"
-    if not repair and size == 1 and manifest.exists():
+    if not repair and share.size == 1 and spec.store.refresh(manifest):
         return TeacherCache(spec)
     device = local_device(pick_device(recipe.training.device))
-    sampler = Sampler.load(spec.teacher, placement=Placement(device))
-    own = spec.shards[rank::size]
+    placement = Placement(device, getattr(torch, recipe.teacher.dtype))
+    own = share.of(spec.shards)
+    missing = find_missing(spec, own, repair=repair)
+    finishes = share.is_first and (repair or missing != [] or not _has_manifest(spec))
+    if missing or finishes:
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        encoded = EncodedPrompts.encode(spec, missing, placement, hidden=not share.is_first)
     count = sum(shard.count for shard in own)
-    with progress_bar("teach", count, unit="samples", hidden=rank > 0) as advance:
-        build(spec, sampler, own, repair=repair, on_samples=advance)
+    with progress_bar("teach", count, unit="samples", hidden=not share.is_first) as advance:
+        advance(count - sum(shard.count for shard in missing))
+        if missing:
+            velocity, *_ = spec.teacher.velocities(placement)
+            build(spec, velocity, missing, encoded=encoded, device=device, on_samples=advance)
     shards = range(len(spec.shards))
-    if rank == 0:
+    left = list(shards)
 
-        def all_there() -> bool:
-            return all(check_shard(spec, shard, whole=False) is None for shard in shards)
+    def all_there() -> bool:
+        while left and check_shard(spec, left[-1], whole=False) is None:
+            left.pop()
+        return not left
 
-        wait_for(all_there, "the other processes")
-        _finish(spec, sampler)
+    wait_for(all_there, "the other processes")
+    if finishes:
+        _finish(spec, encoded)
     else:
-        wait_for(manifest.exists, "the first process")
+        wait_for(partial(_has_manifest, spec), "the first process")
     return TeacherCache(spec, trusted=shards)
 
 
-def build(
-    spec: CacheSpec,
-    sampler: Sampler,
-    shards: Sequence[Shard],
-    *,
-    repair: bool = False,
-    on_samples: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Makes those of `shards` that are missing.
-
-    Args:
-        on_samples: told how many samples each batch (or found shard) added.
+def find_missing(spec: CacheSpec, shards: Sequence[Shard], *, repair: bool = False) -> list[Shard]:
+    """Those of `shards` that are to be made.
 
     Raises:
         CacheError: for a bad shard without `repair`.
     """
-    spec.folder.mkdir(parents=True, exist_ok=True)
+    missing = []
     for shard in shards:
-        fault = check_shard(spec, shard.index)
+        # An object store's shards are checked whenever they are fetched.
+        fault = check_shard(spec, shard.index, whole=repair or not spec.store.is_remote)
         if fault is None:
-            on_samples(shard.count)
             continue
         if fault != "missing" and not repair:
             raise CacheError(f"{fault}. Run again with --repair to rebuild it.")
-        _build_shard(spec, sampler, shard, on_samples)
+        missing.append(shard)
+    return missing
 
 
-def _finish(spec: CacheSpec, sampler: Sampler) -> None:
+@torch.no_grad()
+def build(
+    spec: CacheSpec,
+    velocity: Velocity,
+    shards: Sequence[Shard],
+    *,
+    encoded: EncodedPrompts,
+    device: torch.device,
+    on_samples: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Makes `shards`.
+
+    Args:
+        velocity: the teacher's, on `device`.
+        encoded: the embeddings of their prompts.
+        on_samples: told how many samples each batch added.
+    """
+    for shard in shards:
+        embeds = encoded.read(shard)
+        latents: list[Tensor] = []
+        middles: list[Tensor] = []
+        owners = [i // spec.samples_per_prompt for i in range(shard.count)]
+        seeds = [spec.noise_seed(shard.first + i) for i in range(shard.count)]
+        batch_size = pictures_at_once(*shard.size)
+        for start in range(0, shard.count, batch_size):
+            rows = slice(start, min(start + batch_size, shard.count))
+            batch = PromptBatch.collate([embeds[i] for i in owners[rows]], device)
+            empty = None
+            if spec.guidance_scale:
+                empty = PromptBatch.collate([encoded.empty], device)
+            field = guided_field(velocity, batch, empty, spec.guidance_scale)
+            noise = seeded_noise(seeds[rows], spec.teacher.space.shape(*shard.size)).to(device)
+            result, middle = _teacher_samples(spec, field, noise)
+            latents.append(result.cpu())
+            middles.extend(x.cpu() for x in middle)
+            on_samples(len(noise))
+        _write_shard(spec, shard, seeds, embeds, latents=latents, middles=middles)
+        encoded.remove(shard)
+
+
+def _teacher_samples(
+    spec: CacheSpec, field: Callable[[Tensor, Tensor], Tensor], noise: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The teacher's latents, and those at the student's second noise level if it is on the grid."""
+    on_grid = spec.schedule.place_of_step2(spec.steps)
+    middle: list[Tensor] = []
+
+    def keep(index: int, x: Tensor) -> None:
+        if index + 1 == on_grid:
+            middle.append(x)
+
+    return euler(field, noise, spec.sigmas, keep), middle
+
+
+def _write_shard(
+    spec: CacheSpec,
+    shard: Shard,
+    seeds: Sequence[int],
+    embeds: Sequence[Tensor],
+    *,
+    latents: Sequence[Tensor],
+    middles: Sequence[Tensor],
+) -> None:
+    tensors = {
+        "latents": torch.cat(list(latents)),
+        "seeds": torch.tensor(seeds, dtype=torch.int64),
+        "embeds": torch.cat(list(embeds)).contiguous(),
+        "offsets": torch.tensor([0, *np.cumsum([len(e) for e in embeds]).tolist()]),
+    }
+    if middles:
+        tensors["trajectory"] = torch.cat(list(middles))
+    weights, sidecar = shard_files(spec.folder, shard.index)
+    write_atomically(weights, partial(save_file, tensors))
+    spec.store.put(weights)
+    record = {
+        "file": weights.name,
+        "sha256": checksum(weights),
+        "bytes": weights.stat().st_size,
+        "fingerprint": spec.fingerprint,
+        "first": shard.first,
+        "count": shard.count,
+        "prompts": shard.prompts,
+        "tokens": [len(e) for e in embeds],
+    }
+    write_json(sidecar, record)
+    spec.store.put(sidecar)
+
+
+def _has_manifest(spec: CacheSpec) -> bool:
+    """Whether the cache was finished, for this very recipe."""
+    path = spec.folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if spec.store.refresh(path) else {}
+        return bool(manifest["fingerprint"] == spec.fingerprint)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _finish(spec: CacheSpec, encoded: EncodedPrompts) -> None:
     """Writes the manifest, once every shard is there. Called by one process."""
     shards = []
     for shard in range(len(spec.shards)):
         record = json.loads(shard_files(spec.folder, shard)[1].read_text(encoding="utf-8"))
         shards.append({k: record[k] for k in ("file", "sha256", "bytes", "first", "count")})
-    empty = {"embeds": sampler.encoder.encode([""])[0].cpu().contiguous()}
+    empty = {"embeds": encoded.empty}
     write_atomically(spec.folder / "empty.safetensors", partial(save_file, empty))
+    spec.store.put(spec.folder / "empty.safetensors")
     manifest = {
         "version": VERSION,
         "fingerprint": spec.fingerprint,
@@ -115,61 +219,4 @@ def _finish(spec: CacheSpec, sampler: Sampler) -> None:
         "shards": shards,
     }
     write_json(spec.folder / "manifest.json", manifest)
-
-
-def _build_shard(
-    spec: CacheSpec, sampler: Sampler, shard: Shard, on_samples: Callable[[int], None]
-) -> None:
-    count = shard.count
-    seeds = [spec.noise_seed(shard.first + i) for i in range(count)]
-    embeds = [e.cpu() for e in sampler.encoder.encode(shard.prompts)]
-    owners = [i // spec.samples_per_prompt for i in range(count)]
-    latents: list[Tensor] = []
-    middles: list[Tensor] = []
-    for start in range(0, count, _BATCH):
-        rows = slice(start, min(start + _BATCH, count))
-        batch = PromptBatch.collate([embeds[i] for i in owners[rows]], sampler.device)
-        noise = seeded_noise(seeds[rows], sampler.noise_shape(*shard.size)).to(sampler.device)
-        result, middle = _teacher_samples(spec, sampler, batch, noise)
-        latents.append(result.cpu())
-        middles.extend(x.cpu() for x in middle)
-        on_samples(len(noise))
-    tensors = {
-        "latents": torch.cat(latents),
-        "seeds": torch.tensor(seeds, dtype=torch.int64),
-        "embeds": torch.cat(embeds).contiguous(),
-        "offsets": torch.tensor([0, *np.cumsum([len(e) for e in embeds]).tolist()]),
-    }
-    if middles:
-        tensors["trajectory"] = torch.cat(middles)
-    weights, sidecar = shard_files(spec.folder, shard.index)
-    write_atomically(weights, partial(save_file, tensors))
-    record = {
-        "file": weights.name,
-        "sha256": checksum(weights),
-        "bytes": weights.stat().st_size,
-        "fingerprint": spec.fingerprint,
-        "first": shard.first,
-        "count": count,
-        "prompts": shard.prompts,
-    }
-    write_json(sidecar, record)
-
-
-@torch.no_grad()
-def _teacher_samples(
-    spec: CacheSpec, sampler: Sampler, prompts: PromptBatch, noise: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The teacher's latents, and those at the student's second noise level if it is on the grid."""
-    on_grid = spec.schedule.place_of_step2(spec.steps)
-    middle: list[Tensor] = []
-
-    def keep(index: int, x: Tensor) -> None:
-        if index + 1 == on_grid:
-            middle.append(x)
-
-    empty = None
-    if spec.guidance_scale:
-        empty = PromptBatch.collate(sampler.encoder.encode([""]), sampler.device)
-    field = guided_field(sampler.velocities[0], prompts, empty, spec.guidance_scale)
-    return euler(field, noise, spec.sigmas, keep), middle
+    spec.store.put(spec.folder / "manifest.json")

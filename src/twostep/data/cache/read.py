@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twostep.data.cache.shards import CacheError, check_shard, shard_files
-from twostep.data.cache.spec import CacheSpec
+from twostep.data.cache.spec import CacheSpec, Shard
 from twostep.method.rollout import seeded_noise
+
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class TeacherCache:
 
     def __init__(self, spec: CacheSpec, trusted: Container[int] = ()) -> None:
         path = spec.folder / "manifest.json"
-        if not path.is_file():
-            raise CacheError(f"no finished cache at {spec.folder}: run `twostep teach` first")
+        if not spec.store.refresh(path):
+            raise CacheError(f"no finished cache at {spec.location}: run `twostep teach` first")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             fingerprint = manifest["fingerprint"]
@@ -61,13 +65,15 @@ class TeacherCache:
             raise CacheError(f"{path} is not a manifest: run `twostep teach` again") from error
         if fingerprint != spec.fingerprint:
             raise CacheError(
-                f"{spec.folder} was made with another teacher, schedule or prompt set: "
+                f"{spec.location} was made with another teacher, schedule or prompt set: "
                 "run `twostep teach --repair`, or name another data.cache"
             )
         for shard in range(len(spec.shards)):
-            fault = check_shard(spec, shard, whole=shard not in trusted)
+            # An object store's shards are checked whenever they are fetched.
+            whole = shard not in trusted and not spec.store.is_remote
+            fault = check_shard(spec, shard, whole=whole)
             if fault is not None:
-                missing = f"{shard_files(spec.folder, shard)[0]} is missing"
+                missing = f"{spec.store.shown(shard_files(spec.folder, shard)[0])} is missing"
                 raise CacheError(
                     f"{missing if fault == 'missing' else fault}. "
                     "Run `twostep teach --repair` to rebuild it."
@@ -75,7 +81,8 @@ class TeacherCache:
         self.spec = spec
         self._firsts = [shard.first for shard in spec.shards]
         self._files: dict[int, Any] = {}
-        with safe_open(spec.folder / "empty.safetensors", "pt") as file:
+        self._records: dict[int, dict[str, Any]] = {}
+        with safe_open(spec.store.fetch(spec.folder / "empty.safetensors"), "pt") as file:
             self.empty_embeds: Tensor = file.get_tensor("embeds")
 
     def __len__(self) -> int:
@@ -83,7 +90,10 @@ class TeacherCache:
 
     def caption_lengths(self) -> np.ndarray:
         """Tokens of each sample's caption, (samples,)."""
-        parts = [np.diff(self._open(s.index).get_tensor("offsets")) for s in self.spec.shards]
+        if self.spec.store.is_remote:  # the records are here already
+            parts = [np.array(self._record(s.index)["tokens"]) for s in self.spec.shards]
+        else:
+            parts = [np.diff(self._open(s.index).get_tensor("offsets")) for s in self.spec.shards]
         return np.repeat(np.concatenate(parts), self.spec.samples_per_prompt)
 
     def read(self, ids: Sequence[int]) -> CachedSamples:
@@ -92,11 +102,12 @@ class TeacherCache:
         Raises:
             IndexError: for an id that is not in 0 .. len - 1.
         """
+        self.ahead(ids)
         latents, middles, embeds, prompts, seeds = [], [], [], [], []
         for sample in ids:
             if not 0 <= sample < len(self):
                 raise IndexError(f"sample {sample} is not in 0..{len(self) - 1}")
-            shard = self.spec.shards[bisect_right(self._firsts, sample) - 1]
+            shard = self._shard_of(sample)
             row = sample - shard.first
             file = self._open(shard.index)
             latents.append(file.get_slice("latents")[row : row + 1])
@@ -118,11 +129,59 @@ class TeacherCache:
             prompts=prompts,
         )
 
+    def ahead(self, ids: Sequence[int]) -> None:
+        """Lets an object store bring the files of samples that will be read soon."""
+        if self.spec.store.is_remote:
+            places = {self._shard_of(sample).index for sample in ids if 0 <= sample < len(self)}
+            paths = {place: shard_files(self.spec.folder, place)[0] for place in places}
+            self.spec.store.ahead({p: self._record(i)["sha256"] for i, p in paths.items()})
+
+    def files_at_once(self) -> tuple[np.ndarray, int] | None:
+        """Each sample's file, by id, and from how many samples may be drawn at a time.
+
+        None where all have room. Otherwise a quarter of the room: two purposes read at a time, and
+        the next group comes while the last is read.
+        """
+        if self.spec.store.room is None:
+            return None
+        room, shards = self.spec.store.room, self.spec.shards
+        sizes = [self._record(shard.index)["bytes"] for shard in shards]
+        if sum(sizes) <= room:
+            return None
+        file_of = np.repeat(np.arange(len(shards)), [shard.count for shard in shards])
+        return file_of, max(1, room // (4 * max(sizes)))
+
+    def _shard_of(self, sample: int) -> Shard:
+        return self.spec.shards[bisect_right(self._firsts, sample) - 1]
+
+    def _record(self, shard: int) -> dict[str, Any]:
+        if shard not in self._records:
+            path = shard_files(self.spec.folder, shard)[1]
+            self._records[shard] = json.loads(path.read_text(encoding="utf-8"))
+        return self._records[shard]
+
     def _open(self, shard: int) -> Any:
         if shard not in self._files:
-            path = shard_files(self.spec.folder, shard)[0]
+            store, path = self.spec.store, shard_files(self.spec.folder, shard)[0]
+            if store.is_remote:
+                self._let_go()
             try:
-                self._files[shard] = safe_open(path, "pt").__enter__()
+                self._files[shard] = self._opened(path, shard)
             except (SafetensorError, OSError) as error:
-                raise CacheError(f"{path} cannot be read: {error}") from error
+                raise CacheError(f"{store.shown(path)} cannot be read: {error}") from error
         return self._files[shard]
+
+    def _opened(self, path: Path, shard: int) -> Any:
+        if not self.spec.store.is_remote:
+            return safe_open(path, "pt").__enter__()
+        for _ in range(_TRIES):  # a copy may have made room before it is opened
+            self.spec.store.fetch(path, self._record(shard)["sha256"])
+            with suppress(FileNotFoundError):
+                return safe_open(path, "pt").__enter__()
+        raise CacheError(f"data.cache_copies_gib: too little for what is read at a time of {path}")
+
+    def _let_go(self) -> None:
+        """Closes copies that have made room: until then the disk keeps them."""
+        gone = [i for i in self._files if not shard_files(self.spec.folder, i)[0].exists()]
+        for shard in gone:
+            del self._files[shard]

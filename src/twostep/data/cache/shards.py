@@ -11,21 +11,13 @@ Samples of one prompt lie side by side, so that its embedding is stored once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 from twostep.data.cache.spec import CacheSpec
-from twostep.errors import UserError
+from twostep.data.cache.store import CacheError, checksum
 
-
-class CacheError(UserError, RuntimeError):
-    """A cache that cannot be used; the message names the file and what to do."""
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+__all__ = ["CacheError", "check_shard", "checksum", "shard_files"]
 
 
 def shard_files(folder: Path, shard: int) -> tuple[Path, Path]:
@@ -39,20 +31,23 @@ def check_shard(spec: CacheSpec, shard: int, *, whole: bool = True) -> str | Non
     Args:
         whole: read it from end to end for its checksum; otherwise its size must do.
     """
+    store = spec.store
     weights, sidecar = shard_files(spec.folder, shard)
-    if not sidecar.exists():
+    if not store.refresh(sidecar):
         return "missing"
+    shown = store.shown(weights)
     try:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
         expected = record["sha256"], record["bytes"], record["fingerprint"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return f"{sidecar} is not a shard's record"
-    if not weights.exists():
-        return f"{weights} is gone, though {sidecar.name} is there"
+        return f"{store.shown(sidecar)} is not a shard's record"
+    size = store.size(weights)
+    if size is None:
+        return f"{shown} is gone, though {sidecar.name} is there"
     if expected[2] != spec.fingerprint:
-        return f"{weights} belongs to another teacher, schedule or prompt set"
-    if weights.stat().st_size != expected[1]:
-        return f"{weights} has {weights.stat().st_size} bytes, expected {expected[1]}: truncated"
-    if whole and checksum(weights) != expected[0]:
-        return f"{weights} is corrupt: its checksum is not the one in {sidecar.name}"
+        return f"{shown} belongs to another teacher, schedule or prompt set"
+    if size != expected[1]:
+        return f"{shown} has {size} bytes, expected {expected[1]}: truncated"
+    if whole and checksum(store.fetch(weights)) != expected[0]:
+        return f"{shown} is corrupt: its checksum is not the one in {sidecar.name}"
     return None

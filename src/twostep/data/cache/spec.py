@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from twostep.data.cache.store import Store, is_url, open_location, open_store
 from twostep.data.prompts import load_prompts
 from twostep.errors import RecipeError
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import Recipe, Size
+from twostep.models.lora_files import LoraFile
+from twostep.recipe.fields import Size
+from twostep.recipe.schema import Recipe
 from twostep.runtime.randomness import Stream, torch_seed
 
 VERSION = 1
@@ -41,19 +44,23 @@ class CacheSpec:
     """A cache's contents.
 
     Attributes:
-        folder: of the cache.
+        location: of the cache, a folder or a URL.
+        copies, copies_gib: where shards of a URL's cache are kept, and how much of them.
         schedule: the recipe's noise levels.
-        steps, guidance_scale: the teacher's.
+        steps, guidance_scale, dtype: the teacher's.
         prompts: the first size's, then the second's, and so on: prompt i of the recipe's is drawn
             in size i modulo the number of sizes.
         sizes: (height, width) in pixels.
     """
 
-    folder: Path
+    location: Path | str
+    copies: Path
+    copies_gib: float
     teacher: ModelFolder
     schedule: Schedule
     steps: int
     guidance_scale: float
+    dtype: str
     prompts: list[str]
     sizes: tuple[Size, ...]
     samples_per_prompt: int
@@ -63,12 +70,14 @@ class CacheSpec:
     @staticmethod
     def of(recipe: Recipe) -> CacheSpec:
         """Raises ModelError, PromptError or RecipeError for what the recipe names wrongly."""
-        teacher, data = ModelFolder.open(recipe.teacher.model), recipe.data
+        teacher, data = open_teacher(recipe), recipe.data
         for size in data.sizes:
             try:
                 teacher.space.shape(*size)
             except ValueError as error:
                 raise RecipeError(f"data.height, width or other_sizes: {error}") from error
+        if is_url(data.cache):
+            open_location(data.cache)
         schedule = recipe_schedule(recipe, teacher)
         if recipe.losses.warmup_step1_target == "trajectory":
             _check_on_grid(schedule, recipe.teacher.steps)
@@ -85,17 +94,35 @@ class CacheSpec:
                 f"{data.prompts} has {len(prompts)}"
             )
         return CacheSpec(
-            folder=data.cache,
+            location=data.cache,
+            copies=data.cache_copies,
+            copies_gib=data.cache_copies_gib,
             teacher=teacher,
             schedule=schedule,
             steps=recipe.teacher.steps,
             guidance_scale=recipe.teacher.guidance_scale,
+            dtype=recipe.teacher.dtype,
             prompts=[p for i in range(len(data.sizes)) for p in prompts[i :: len(data.sizes)]],
             sizes=data.sizes,
             samples_per_prompt=data.samples_per_prompt,
             seed=data.seed,
             prompts_per_shard=max(1, data.samples_per_file // data.samples_per_prompt),
         )
+
+    @cached_property
+    def store(self) -> Store:
+        """Where its files are. Raises RecipeError for a URL that nothing here can open."""
+        return open_store(
+            self.location,
+            copies=self.copies,
+            room_gib=self.copies_gib,
+            fingerprint=lambda: self.fingerprint,
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Of its files, or of their copies."""
+        return self.store.folder
 
     @property
     def sigmas(self) -> list[float]:
@@ -132,15 +159,30 @@ class CacheSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the teacher's weights, the schedule, the prompts, sizes or seeds."""
+        """Changes with the teacher's weights, dtype, the schedule, prompts, sizes or seeds."""
         digest = hashlib.sha256()
         step2_sigma = self.schedule.step2_sigma
         settings = [VERSION, self.sigmas, self.guidance_scale, step2_sigma, self.prompts]
         settings += [self.samples_per_prompt, *(n for size in self.sizes for n in size), self.seed]
         settings += [self.prompts_per_shard]
+        if self.dtype != "float32":  # named later, so that older caches stay good
+            settings.append(self.dtype)
         digest.update(json.dumps(settings).encode())
         digest.update(self.teacher.fingerprint.encode())
         return digest.hexdigest()
+
+
+def open_teacher(recipe: Recipe) -> ModelFolder:
+    """The recipe's teacher with its LoRA files; loads no weights of it.
+
+    Raises:
+        ModelError: for a folder or a LoRA file that is missing or does not fit.
+    """
+    loras = [
+        LoraFile.open(lora.path, lora.scale, option=f"teacher.loras[{index}]", sha256=lora.sha256)
+        for index, lora in enumerate(recipe.teacher.loras)
+    ]
+    return ModelFolder.open(recipe.teacher.model).with_loras(loras)
 
 
 def recipe_schedule(recipe: Recipe, teacher: ModelFolder) -> Schedule:

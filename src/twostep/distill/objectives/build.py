@@ -16,6 +16,8 @@ from twostep.method.critic import CriticHeads
 from twostep.models.adapters import SharedBackbone
 from twostep.models.compiling import allow_graphs, compile_blocks
 from twostep.models.folder import ModelFolder
+from twostep.models.int8 import pack_int8
+from twostep.models.student import STEPS
 from twostep.models.velocity import Velocity
 from twostep.recipe.schema import Recipe
 from twostep.runtime.files import folder_fingerprint
@@ -31,7 +33,7 @@ def load_whole(device: torch.device) -> Load:
     """Whole networks, onto `device`."""
 
     def load(folder: ModelFolder, part: str, dtype: torch.dtype) -> Any:
-        return folder.family.load(folder.base, part, dtype).to(device)
+        return folder.load(part, dtype).to(device)
 
     return load
 
@@ -42,7 +44,8 @@ def build_roles(
     """Loads the teacher and every other role.
 
     Student and fakes start from the teacher's weights, in fp32, unless the recipe names a student
-    to start from; the score is the teacher unless it names another model.
+    to start from; the score is the teacher unless it names another model, and full sets of fakes
+    then start from that.
 
     Args:
         load: how a network is loaded; whole and onto `device` if None.
@@ -62,7 +65,11 @@ def build_roles(
         own, trained = _full_roles(recipe, teacher, load, starts)
     score = trained.get("score", own)
     if score_folder is not None and score is own:
-        frozen = load(score_folder, "transformer", getattr(torch, recipe.teacher.dtype))
+        frozen = load(score_folder, "transformer", _frozen_dtype(recipe))
+        if recipe.student.weights == "lora" and recipe.student.backbone_dtype == "int8":
+            pack_int8(frozen)
+        if recipe.training.checkpoint_activations:
+            frozen.recompute_layers(recipe.training.checkpoint_share)
         score = _full(recipe, score_folder, frozen, trainable=False)
     heads = _heads(recipe, own.model.width)
     if device.type != "cpu":  # drawn on the CPU, so that every device has the same
@@ -74,8 +81,22 @@ def build_roles(
         first=first,
         second=trained.get("second", first),
         fakes=tuple(role for name, role in trained.items() if name.startswith("fake")),
-        critic=Critic(own, heads, recipe.critic.layers, teacher.family.patch),
+        critic=Critic(
+            score if recipe.critic.network == "score" else own,
+            heads,
+            recipe.critic.layers,
+            teacher.family.patch,
+        ),
     )
+
+
+def _frozen_dtype(recipe: Recipe) -> torch.dtype:
+    """Of frozen weights as they are loaded: with adapters a score is as large as the backbone."""
+    name = recipe.teacher.dtype
+    if recipe.student.weights == "lora":
+        name = "float32" if recipe.student.backbone_dtype == "float32" else "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _heads(recipe: Recipe, width: int) -> CriticHeads:
@@ -90,7 +111,7 @@ def _full_roles(
 ) -> tuple[Role, dict[str, Role]]:
     """The teacher's role, and the trained ones by name, each with weights of its own."""
     settings = recipe.training
-    frozen = load(teacher, "transformer", getattr(torch, recipe.teacher.dtype))
+    frozen = load(teacher, "transformer", _frozen_dtype(recipe))
     if settings.checkpoint_activations:
         # Frozen, but the critic's gradient goes through it.
         frozen.recompute_layers(settings.checkpoint_share)
@@ -110,7 +131,7 @@ def _full(recipe: Recipe, folder: ModelFolder, model: Any, *, trainable: bool) -
         compile_blocks(folder.family.blocks(model))
     elif recipe.training.compile:
         allow_graphs()
-        velocity = torch.compile(model, fullgraph=True, dynamic=False)
+        velocity = torch.compile(model, fullgraph=True)
     return Role.full(model, trainable=trainable, velocity=velocity)
 
 
@@ -120,16 +141,17 @@ def _adapter_roles(
     """The teacher's role, and the trained ones by name, all on one frozen backbone."""
     student, settings = recipe.student, recipe.training
     int8 = student.backbone_dtype == "int8"
-    dtype = torch.bfloat16 if int8 else getattr(torch, student.backbone_dtype)
+    dtype = _frozen_dtype(recipe)
     backbone = SharedBackbone(
         load(teacher, "transformer", dtype),
         names,
         rank=student.rank,
         target_modules=student.target_modules,
         seed=settings.seed,
-        original=partial(teacher.family.load, teacher.base, "transformer", dtype),
+        original=partial(teacher.load, "transformer", dtype),
         int8=int8,
     )
+    _start_adapters(recipe, backbone)
     if settings.compile:
         compile_blocks(teacher.family.blocks(backbone.model))
     if settings.checkpoint_activations:
@@ -141,17 +163,40 @@ def _starts(recipe: Recipe, teacher: ModelFolder, score: ModelFolder | None) -> 
     """By trained role, the weights it starts from."""
     from_teacher = (teacher, "transformer")
     starts = {"first": from_teacher, "second": from_teacher}
-    if recipe.student.init is not None:
+    if recipe.student.init is not None and recipe.student.weights == "full":
         student = ModelFolder.open(recipe.student.init)
         starts = {"first": (student, "transformer"), "second": (student, "transformer_2")}
         _check_start(student, teacher, shared=recipe.student.steps == "shared")
     if recipe.student.steps == "shared":
         del starts["second"]
     names = ("fake1", "fake2") if recipe.fake.models == "per_step" else ("fake1",)
-    starts |= dict.fromkeys(names, from_teacher)
+    # Where score and fake begin as one, the first differences are the student's.
+    trusted = (score or teacher, "transformer")
+    starts |= dict.fromkeys(names, trusted)
     if recipe.score.fit_turns:
-        starts["score"] = (score or teacher, "transformer")
+        starts["score"] = trusted
     return starts
+
+
+def _start_adapters(recipe: Recipe, backbone: SharedBackbone) -> None:
+    """The student's adapters from two LoRA files, where the recipe names some."""
+    if recipe.student.init is None:
+        return
+    student = ModelFolder.open(recipe.student.init)
+    if student.kind != "lora_pair":
+        raise RecipeError(
+            f"student.init: {student.name} is no folder of two LoRA files, as student.weights: "
+            "lora needs; twostep export --to lora makes one"
+        )
+    files = [student.path / f"{step}.safetensors" for step in STEPS]
+    if recipe.student.steps == "shared" and len({f.read_bytes() for f in files}) > 1:
+        raise RecipeError(
+            f"student.init: the two steps of {student.name} differ, student.steps: shared "
+            "needs them equal"
+        )
+    shared = recipe.student.steps == "shared"
+    for name, file in zip(STEPS[: 2 - shared], files, strict=False):
+        backbone.start(name, file)
 
 
 def _check_start(student: ModelFolder, teacher: ModelFolder, *, shared: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from twostep.distill.objectives.critic import Critic
@@ -47,7 +48,8 @@ class Role:
             velocity: what is called in the model's place, such as a compiled one.
         """
         model.requires_grad_(trainable)
-        return Role(velocity or model, model, model if trainable else None, lambda: model)
+        called = model if velocity is None else velocity  # a compiled module has no truth value
+        return Role(called, model, model if trainable else None, lambda: model)
 
     @staticmethod
     def adapter(backbone: SharedBackbone, name: str = "") -> Role:
@@ -78,7 +80,7 @@ class Roles:
         score: trusted at every noise level; frozen once it is fitted; may be the teacher itself.
         first, second: the student's steps; the same object when parameters are shared.
         fakes: follow the student's clean predictions: one for both steps, or one each.
-        critic: on the teacher's hidden states.
+        critic: on hidden states of the teacher, or of the score.
     """
 
     teacher: Role
@@ -103,6 +105,20 @@ class Roles:
 
     def fake_parameters(self) -> list[nn.Parameter]:
         return [p for fake in self.fakes for p in fake.parameters()]
+
+    def hold_score(self, still: bool = True) -> None:
+        """A score that was fitted takes no gradient, though the critic's goes through it."""
+        for parameter in self.score.parameters():
+            if parameter.requires_grad == still:
+                parameter.requires_grad_(not still)
+
+    @torch.no_grad()
+    def start_fakes(self) -> None:
+        """Gives the fakes the weights of the score that was fitted, which has the same ones."""
+        for fake in self.fakes:
+            pairs = zip(fake.parameters(), self.score.parameters(), strict=True)
+            for own, fitted in pairs:
+                own.copy_(fitted)
 
     def by_name(self) -> dict[str, Role]:
         """Every role once; one that plays several parts under the first of their names."""

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from twostep.distill.objectives.batch import Batch
-from twostep.distill.objectives.critic import Critic
+from twostep.distill.objectives.critic import Critic, Level, Look
 from twostep.distill.objectives.draws import Draws
 from twostep.method import losses
-from twostep.method.flow import add_noise, clean_from_velocity
-from twostep.method.rollout import VelocityField
+from twostep.method.flow import clean_from_velocity, guide
 from twostep.method.schedule import Schedule
-from twostep.models.velocity import Velocity, bind, guided_field
+from twostep.models.velocity import Velocity, bind
 from twostep.recipe.schema import Recipe
 
 
@@ -36,9 +35,41 @@ class Judged:
     fake: Velocity
     critic: Critic
 
+    @property
+    def matches_on_looks(self) -> bool:
+        """Whether the critic's look at a sample is the one that distribution matching needs."""
+        critic, losses_ = self.recipe.critic, self.recipe.losses
+        return self.critic.network is self.score and critic.tau_range == losses_.tau_range
 
-# (step, clean prediction (B, C, H, W), batch, draws) -> scalar
-TermLoss = Callable[[Judged, Tensor, Batch, Draws], Tensor]
+
+@dataclass(frozen=True)
+class Seen:
+    """A clean prediction (B, C, H, W), and what its terms may need.
+
+    Attributes:
+        look: the critic's, with a gradient; None: none was made yet.
+    """
+
+    clean: Tensor
+    batch: Batch
+    draws: Draws
+    look: Look | None = None
+
+    def level(self, schedule: Schedule, bounds: tuple[float, float]) -> Level:
+        """A noise level within `bounds`, and noise, of this row's own."""
+        return draw_level(self.clean, self.draws, schedule, bounds)
+
+
+def draw_level(
+    like: Tensor, draws: Draws, schedule: Schedule, bounds: tuple[float, float]
+) -> Level:
+    """A noise level for each row, within `bounds`, and noise."""
+    tau = draws.sigma(len(like), schedule, bounds)
+    return Level(tau, draws.normal_like(like))
+
+
+# (step, what there is to see) -> scalar
+TermLoss = Callable[[Judged, Seen], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,40 +87,50 @@ class Term:
     short: str = ""
 
 
-def match_distribution(step: Judged, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
+def match_distribution(step: Judged, seen: Seen) -> Tensor:
     """Distribution matching: the score against the fake, at a drawn noise level."""
-    tau = draws.sigma(len(clean), step.schedule, step.recipe.losses.tau_range)
+    batch, look = seen.batch, seen.look
     with torch.no_grad():
-        noisy = add_noise(clean, draws.normal_like(clean), tau)
+        if look is not None and step.matches_on_looks:
+            level, noisy = look.level, look.noisy.detach()
+            velocity = look.prediction.velocity.detach()
+        else:
+            level = seen.level(step.schedule, step.recipe.losses.tau_range)
+            noisy = level.add_to(seen.clean)
+            velocity = step.score(noisy, level.tau, batch.prompts).velocity
         scale = step.recipe.score.guidance_scale
-        score = guided_field(step.score, batch.prompts, batch.empty, scale)
-        fake = bind(step.fake, batch.prompts)
-        score_clean = _clean(score, noisy, tau)
-        fake_clean = _clean(fake, noisy, tau)
-    return losses.distribution_matching(clean, score_clean, fake_clean)
+        if scale:
+            without = step.score(noisy, level.tau, batch.empty).velocity
+            velocity = guide(velocity, without, scale)
+        score_clean = clean_from_velocity(noisy, velocity, level.tau)
+        fake_clean = _clean(step.fake, noisy, level.tau, batch)
+    return losses.distribution_matching(seen.clean, score_clean, fake_clean)
 
 
-def augment_guidance(step: Judged, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
+def augment_guidance(step: Judged, seen: Seen) -> Tensor:
     """Decoupled DMD's guidance term (arXiv 2511.22677), at noise levels below the step's own."""
     low, high = step.recipe.losses.tau_range
-    tau = draws.sigma(len(clean), step.schedule, (low, min(high, step.sigma)))
+    level = seen.level(step.schedule, (low, min(high, step.sigma)))
     with torch.no_grad():
-        noisy = add_noise(clean, draws.normal_like(clean), tau)
-        with_prompt = _clean(bind(step.score, batch.prompts), noisy, tau)
-        without = _clean(bind(step.score, batch.empty), noisy, tau)
-    return losses.pseudo_target(clean, with_prompt - without)
+        noisy = level.add_to(seen.clean)
+        with_prompt = _clean(step.score, noisy, level.tau, seen.batch)
+        velocity = step.score(noisy, level.tau, seen.batch.empty).velocity
+        without = clean_from_velocity(noisy, velocity, level.tau)
+    return losses.guidance_augmentation(seen.clean, with_prompt, without)
 
 
-def fool_critic(step: Judged, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
+def fool_critic(step: Judged, seen: Seen) -> Tensor:
     """The critic's opinion of the re-noised prediction."""
-    tau = draws.sigma(len(clean), step.schedule, step.recipe.critic.tau_range)
-    noisy = add_noise(clean, draws.normal_like(clean), tau)
-    return losses.generator_adversarial(step.critic(noisy, tau, batch.prompts))
+    look = seen.look
+    if look is None:
+        level = seen.level(step.schedule, step.recipe.critic.tau_range)
+        look = step.critic.look(seen.clean, level, seen.batch.prompts)
+    return losses.generator_adversarial(step.critic.logits(look, learning=False))
 
 
-def regress(step: Judged, clean: Tensor, batch: Batch, draws: Draws) -> Tensor:
+def regress(step: Judged, seen: Seen) -> Tensor:
     """Distance to the teacher's image of the same noise."""
-    return losses.regression(clean, batch.latents)
+    return losses.regression(seen.clean, seen.batch.latents)
 
 
 TERMS = (
@@ -100,5 +141,6 @@ TERMS = (
 )
 
 
-def _clean(field: VelocityField, noisy: Tensor, tau: Tensor) -> Tensor:
+def _clean(velocity: Velocity, noisy: Tensor, tau: Tensor, batch: Batch) -> Tensor:
+    field = bind(velocity, batch.prompts)
     return clean_from_velocity(noisy, field(noisy, tau), tau)

@@ -1,0 +1,133 @@
+"""One command of a rehearsal, its stages measured: `rehearsal_child.py OUT COMMAND ...`.
+
+A stage is a call of the project's own code; its time and its peak of memory go to OUT, a line each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> None:
+    """Forgets the peak so far."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _CLEAR.write_text("5")
+
+
+def peak_bytes() -> int:
+    """Of the GPU's allocator, or resident memory where there is none."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def measured(owner: Any, attribute: str, stage: str, out: Path) -> None:
+    """Each call of `owner.attribute` becomes a line of `out`; a class method stays one."""
+    original = getattr(owner, attribute, None)
+    if original is None:
+        raise SystemExit(f"{owner} has no {attribute} to measure")
+
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        reset_peak()
+        started = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            line = {
+                "name": stage,
+                "peak_bytes": peak_bytes(),
+                "seconds": time.perf_counter() - started,
+            }
+            with out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    static = isinstance(vars(owner).get(attribute), staticmethod)
+    setattr(owner, attribute, staticmethod(call) if static else call)
+
+
+def measure_stages(out: Path) -> None:
+    """Every stage of teach and distill, by the names that `twostep plan` gives them."""
+    from twostep.data.cache import build
+    from twostep.distill.best import BestStudent
+    from twostep.distill.checkpoint import TrainingState
+    from twostep.distill.sample_sheet import SampleSheet
+    from twostep.distill.trainer import Trainer
+    from twostep.distill.validation import Validator
+
+    stages: list[tuple[Any, str, str]] = [
+        (build.EncodedPrompts, "encode", "teach: prompts"),
+        (build, "build", "teach: pictures"),
+        (Trainer, "fit_score", "score fit"),
+        (Trainer, "critic_step", "critic turn"),
+        (Trainer, "student_step", "student turn"),
+        (Validator, "measure", "validation"),
+        (SampleSheet, "draw", "sample sheet"),
+        (TrainingState, "save", "checkpoint"),
+        (BestStudent, "export", "end of run"),
+    ]
+    for owner, attribute, stage in stages:
+        measured(owner, attribute, stage, out)
+
+
+def measure_command(name: str, run: Callable[[], Any], out: Path) -> None:
+    """The whole command as one stage."""
+    reset_peak()
+    started = time.perf_counter()
+    try:
+        run()
+    finally:
+        line = {
+            "name": name,
+            "peak_bytes": peak_bytes(),
+            "seconds": time.perf_counter() - started,
+        }
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    out, arguments = Path(sys.argv[1]), sys.argv[2:]
+    if arguments[0] == "--gpu":
+        from rehearsal_gpu import time_on_gpu
+
+        time_on_gpu(Path(arguments[1]), arguments[2], out)
+        return
+    from twostep.cli import app
+
+    if arguments[0] in ("teach", "distill"):
+        measure_stages(out)
+    names = (
+        {"export": f"export: {arguments[arguments.index('--to') + 1]}"}
+        if ("--to" in arguments)
+        else {}
+    )
+    if arguments[0] == "generate":
+        names["generate"] = f"generate: {arguments[arguments.index('--memory') + 1]}"
+
+    def run() -> None:
+        app(arguments, standalone_mode=True)
+
+    if arguments[0] in names:
+        measure_command(names[arguments[0]], run, out)
+    else:
+        run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The embeddings of a cache's prompts before it is built, a file for each shard until it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twostep.data.cache.spec import CacheSpec, Shard
+from twostep.runtime.devices import Placement
+from twostep.runtime.files import write_atomically
+from twostep.runtime.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """On the CPU, in the encoder's dtype.
+
+    Attributes:
+        empty: the empty prompt's, (tokens, D).
+    """
+
+    spec: CacheSpec
+    empty: Tensor
+
+    @staticmethod
+    def encode(
+        spec: CacheSpec, shards: Sequence[Shard], placement: Placement, *, hidden: bool = False
+    ) -> EncodedPrompts:
+        """Encodes what no earlier run did, and lets the text encoder go.
+
+        Args:
+            hidden: show no progress.
+        """
+        encoder = spec.teacher.encoder(placement, cache_size=0)
+        encoded = EncodedPrompts(spec, encoder.encode([""])[0].cpu().clone())
+        count = sum(len(shard.prompts) for shard in shards)
+        with progress_bar("prompts", count, hidden=hidden) as advance:
+            for shard in shards:
+                if not encoded._is_there(shard):
+                    tensors = {
+                        str(i): embeds.cpu().clone()
+                        for i, embeds in enumerate(encoder.encode(shard.prompts))
+                    }
+                    metadata = {"fingerprint": spec.fingerprint}
+                    write = partial(save_file, tensors, metadata=metadata)
+                    write_atomically(encoded._path(shard), write)
+                advance(len(shard.prompts))
+        return encoded
+
+    def read(self, shard: Shard) -> list[Tensor]:
+        """One (tokens, D) for each of its prompts."""
+        with safe_open(self._path(shard), "pt") as file:
+            return [file.get_tensor(str(i)) for i in range(len(shard.prompts))]
+
+    def remove(self, shard: Shard) -> None:
+        """Once the shard holds them."""
+        self._path(shard).unlink()
+
+    def _path(self, shard: Shard) -> Path:
+        return self.spec.folder / f"prompts-{shard.index:05d}.safetensors"
+
+    def _is_there(self, shard: Shard) -> bool:
+        try:
+            with safe_open(self._path(shard), "pt") as file:
+                return (file.metadata() or {}).get("fingerprint") == self.spec.fingerprint
+        except (SafetensorError, OSError):
+            return False  # missing, torn or another cache's

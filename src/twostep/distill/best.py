@@ -1,0 +1,56 @@
+"""The best averaged student of a run: kept on disk, and at the end written as a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from twostep.data.cache.spec import CacheSpec
+from twostep.distill.checkpoint import TrainingState
+from twostep.distill.objectives.roles import Roles
+from twostep.distill.run_folder import RunFolder
+from twostep.distill.tensor_files import load_tensors, save_folder
+from twostep.models.student import write_student
+from twostep.models.transformer import whole_transformer
+from twostep.runtime.distributed import World
+
+
+class BestStudent:
+    """By the distance of its validation. Every process must make the same calls."""
+
+    def __init__(
+        self, roles: Roles, state: TrainingState, *, folder: RunFolder, world: World
+    ) -> None:
+        self.roles, self.state, self.folder, self.world = roles, state, folder, world
+
+    def offer(self, distance: float) -> None:
+        """Keeps the average as it is now if it is nearer than any before."""
+        progress = self.state.progress
+        if progress.best_distance is None or distance < progress.best_distance:
+            progress.best_distance, progress.best_turn = distance, progress.turn
+            save_folder(self._average(), self.folder.best, self.world)
+
+    def export(self, spec: CacheSpec) -> Path:
+        """Writes the best one as a diffusers folder and returns it."""
+        load_tensors(self._average(), self.folder.best)
+        with self.state.ema.applied():
+            steps = self._steps()
+            if self.world.is_first:
+                write_student(
+                    spec.teacher.base, steps, schedule=spec.schedule, folder=self.folder.student
+                )
+            for _ in steps:  # the others only help to put it together
+                pass
+        self.world.wait()
+        return self.folder.student
+
+    def _steps(self) -> Iterator[Any]:
+        """Each step's transformer, put together when its turn comes: one fills a host's memory."""
+        for role in (self.roles.first, self.roles.second):
+            yield whole_transformer(role.transformer(), keep=self.world.is_first)
+
+    def _average(self) -> dict[str, Tensor]:
+        return {str(index): value for index, value in enumerate(self.state.ema.values)}
