@@ -197,6 +197,7 @@ def serve_tables(results: dict[str, Any]) -> str:
         case = cases[f"open {share}"]
         row(f"by chance, {case['asked_rate']:.1f} requests/s", case)
     flood, beside, faults = cases["flood"], cases["misbehaving"], results["faults"]
+    soak = results["soak"]
     grown = (flood["memory_after"] - flood["memory_before"]) / 2**20
     answered = ", ".join(f"{count} of {status}" for status, count in faults["fuzzed"].items())
     note = (
@@ -215,7 +216,11 @@ def serve_tables(results: dict[str, Any]) -> str:
         f"one good client has {beside['rate']:.1f} pictures/s (p95 {beside['latency']['p95']:.0f} "
         f"ms). **200 fuzzed bodies**: {answered}; {faults['oversized'].get('413', 0)} of 20 "
         f"oversized ones 413, {faults['wrong_key'].get('401', 0)} of 50 wrong keys 401; after them "
-        f"it serves on, and ends with exit code {faults['exit_code']}."
+        f"it serves on, and ends with exit code {faults['exit_code']}. **{soak['seconds']:.0f} s of "
+        f"8 clients with previews** ({soak['pictures']} pictures) change its memory of "
+        f"{soak['memory'][0] / 2**20:.0f} MiB by "
+        f"{', '.join(f'{(m - soak["memory"][0]) / 2**20:+.1f}' for m in soak['memory'][1:])} MiB, "
+        "read after each quarter."
     )
     return "\n".join([*lines, "", note, "", beside_it])
 

@@ -59,7 +59,7 @@ def serve(
     batch_wait: Annotated[
         float, typer.Option(min=0, help="milliseconds that a batch waits for more under load")
     ] = 4,
-    queue: Annotated[int, typer.Option(min=1, help="pictures that may wait; more get 429")] = 64,
+    queue: Annotated[int, typer.Option(min=10, help="pictures that may wait; more get 429")] = 64,
     deadline: Annotated[float, typer.Option(min=0.1, help="seconds for a request; then 504")] = 60,
     max_pixels: Annotated[int, typer.Option(min=1, help="of one picture")] = 2048 * 2048,
     max_prompt: Annotated[int, typer.Option(min=1, help="characters of a prompt")] = 4000,
