@@ -103,10 +103,11 @@ def measure_command(name: str, run: Callable[[], Any], out: Path) -> None:
 
 def main() -> None:
     out, arguments = Path(sys.argv[1]), sys.argv[2:]
-    if arguments[0] == "--gpu":
-        from rehearsal_gpu import time_on_gpu
+    if arguments[0] == "--time":
+        from rehearsal_timing import time_all
 
-        time_on_gpu(Path(arguments[1]), arguments[2], out)
+        teacher, student, size, device = arguments[1:]
+        time_all(teacher, student, size=int(size), device=device, out=out)
         return
     from twostep.cli import app
 

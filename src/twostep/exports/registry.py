@@ -9,10 +9,10 @@ from pathlib import Path
 from twostep.errors import ExportError
 from twostep.exports.card import origin_of, student_card
 from twostep.exports.comfyui import export_comfyui
-from twostep.exports.lora import export_lora
+from twostep.exports.lora import copy_pair, export_lora
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
-from twostep.models.student import PARTS, check_free, save_student
+from twostep.models.student import PARTS, check_free, write_student
 from twostep.runtime.files import write_text
 
 
@@ -57,21 +57,24 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     if target not in FORMATS:
         raise ExportError(f"to: {target!r} is unknown; allowed: {', '.join(FORMATS)}")
     folder = ModelFolder.open(student)
-    folder.check_full_student("model")
+    folder.check_student("model")
     check_free(out)
     return FORMATS[target](folder, out, options or ExportOptions())
 
 
 def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    first, second = (student.stored_transformer(part) for part in PARTS)
     schedule = student.schedule()
-    save_student(student.base, first, second, schedule=schedule, folder=out, dtype=first.dtype)
+    steps = (student.stored_transformer(part) for part in PARTS)
+    write_student(student.base, steps, schedule=schedule, folder=out, dtype=None)
     card = student_card(out.name, schedule, origin_of(student.path))
     write_text(out / "README.md", card)
     return []
 
 
 def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
+    own = student.check_student("model").teacher
+    if own is not None:
+        return copy_pair(student, ModelFolder.open(options.teacher or own), out)
     if options.teacher is None:
         raise ExportError("teacher: LoRA files belong to a model; name it")
     return export_lora(

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twostep.errors import ExportError, ModelError
 from twostep.method.schedule import Schedule
+from twostep.models.lora_files import rank_of, save_lora
 from twostep.models.transformer import transformer_with
 from twostep.runtime.files import replace_folder, write_json
 
@@ -128,7 +129,7 @@ def write_student(
     *,
     schedule: Schedule,
     folder: Path,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
 ) -> None:
     """Writes a student as a diffusers folder: the teacher's parts and two transformers.
 
@@ -137,6 +138,7 @@ def write_student(
         transformers: diffusers transformers of step 1 and step 2; not changed. The second is asked
             for when the first is written and let go.
         folder: replaced if it exists, at the very end.
+        dtype: of the weights; None: as they are.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -156,6 +158,29 @@ def write_student(
     index["step2_sigma"] = schedule.step2_sigma
     index["transition"] = schedule.transition
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    replace_folder(temporary, folder)
+
+
+def write_lora_pair(
+    folder: Path,
+    pair: Sequence[Mapping[str, Tensor]],
+    *,
+    teacher: str,
+    schedule: Schedule,
+) -> None:
+    """Writes a student of two LoRA files.
+
+    Args:
+        folder: replaced if it exists, at the very end.
+        pair: each step's matrices, as `save_lora` takes them.
+        teacher: as in `StudentIndex`.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for step, weights in zip(STEPS, pair, strict=True):
+        save_lora(weights, rank_of(weights), temporary, f"{step}.safetensors")
+    write_lora_index(temporary, teacher=teacher, schedule=schedule)
     replace_folder(temporary, folder)
 
 
