@@ -254,8 +254,8 @@ def serve_tables(results: dict[str, Any]) -> str:
         f"oversized ones 413, {faults['wrong_key'].get('401', 0)} of 50 wrong keys 401; after them "
         f"it serves on, and ends with exit code {faults['exit_code']}. "
         f"**{soak['seconds']:.0f} s of 8 clients with previews** ({soak['pictures']} pictures) "
-        f"change its memory of {first / 2**20:.0f} MiB by {', '.join(changes)} MiB, read after each "
-        "quarter."
+        f"change its memory of {first / 2**20:.0f} MiB by {', '.join(changes)} MiB, read after "
+        "each quarter."
     )
     return "\n".join([*lines, "", note, "", beside_it])
 
