@@ -231,6 +231,9 @@ def serve_tables(results: dict[str, Any]) -> str:
         case = cases[f"open {share}"]
         row(f"by chance, {case['asked_rate']:.1f} requests/s", case)
     flood, beside, faults = cases["flood"], cases["misbehaving"], results["faults"]
+    soak = results["soak"]
+    first, *later = soak["memory"]
+    changes = [f"{(memory - first) / 2**20:+.1f}" for memory in later]
     grown = (flood["memory_after"] - flood["memory_before"]) / 2**20
     answered = ", ".join(f"{count} of {status}" for status, count in faults["fuzzed"].items())
     note = (
@@ -249,7 +252,10 @@ def serve_tables(results: dict[str, Any]) -> str:
         f"one good client has {beside['rate']:.1f} pictures/s (p95 {beside['latency']['p95']:.0f} "
         f"ms). **200 fuzzed bodies**: {answered}; {faults['oversized'].get('413', 0)} of 20 "
         f"oversized ones 413, {faults['wrong_key'].get('401', 0)} of 50 wrong keys 401; after them "
-        f"it serves on, and ends with exit code {faults['exit_code']}."
+        f"it serves on, and ends with exit code {faults['exit_code']}. "
+        f"**{soak['seconds']:.0f} s of 8 clients with previews** ({soak['pictures']} pictures) "
+        f"change its memory of {first / 2**20:.0f} MiB by {', '.join(changes)} MiB, read after "
+        "each quarter."
     )
     return "\n".join([*lines, "", note, "", beside_it])
 
