@@ -2,7 +2,7 @@
 
 python benchmarks/rehearsal.py                                  # Z-Image Turbo's size, on a CPU
 python benchmarks/rehearsal.py --layers 8 --text-layers 8       # its width with fewer layers
-python benchmarks/rehearsal.py --device cuda                    # one 80 GB GPU, 1024 pixels
+python benchmarks/rehearsal.py --device cuda --timing           # one 80 GB GPU, 1024 pixels
 python benchmarks/rehearsal.py --scale small --out runs/small   # a minute's test of the script
 
 Nothing is downloaded. Each command runs in a process of its own; inside, the stages are measured
@@ -163,7 +163,9 @@ def main(
     text_layers: Annotated[int | None, typer.Option(help="of the text encoder")] = None,
     prompts: Annotated[int, typer.Option(help="that the teacher paints")] = 8,
     teacher_steps: Annotated[int, typer.Option(help="fewer for a slow CPU")] = 8,
-    lora: Annotated[bool, typer.Option(help="export to LoRA, too: hours of SVD on a CPU")] = False,
+    timing: Annotated[
+        bool, typer.Option(help="also rates, 8 against 2 steps, int8, the largest batch: for a GPU")
+    ] = False,
     keep: Annotated[bool, typer.Option(help="leave the folder of weights there")] = False,
     out: Annotated[Path, typer.Option(help="for weights, runs and results")] = Path(
         "/tmp/twostep-rehearsal"
@@ -208,16 +210,14 @@ def main(
         "export-comfyui", "export", "--model", student, "--to", "comfyui",
         "--out", str(out / "comfy"),
     )  # fmt: skip
-    if lora or small or device == "cuda":
-        rehearsal.run(
-            "export-lora", "export", "--model", student, "--to", "lora", "--teacher", str(model),
-            "--rank", "8", "--out", str(out / "lora"),
-        )  # fmt: skip
+    rehearsal.run(
+        "export-lora", "export", "--model", student, "--to", "lora", "--out", str(out / "lora")
+    )
     rehearsal.run(
         "generate-int8", "generate", "--model", student, "--memory", "int8", "--size", size,
         "--device", device, "--out", str(out / "pictures"), "a red fox in the snow",
     )  # fmt: skip
-    if device == "cuda" or small:
+    if timing:
         rehearsal.run("timing", "--time", str(model), student, size, device)
     rows = compare(plan, rehearsal.commands, device)
     rehearsal.write(stages=rows, seconds=time.monotonic() - started)

@@ -37,7 +37,7 @@ from twostep.runtime.shape_tensors import ShapesOnly
 
 # The CUDA context, cuBLAS workspaces and what the allocator cannot reuse; on a CPU the interpreter
 # and its libraries.
-_RESERVED_BYTES = {"cuda": 2 << 30, "cpu": 1 << 29}
+_RESERVED_BYTES = {"cuda": 2 << 30, "cpu": 3 << 27}
 # Told that one of the things to be counted is.
 Advance = Callable[[int], None]
 
