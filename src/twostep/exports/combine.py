@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from twostep.errors import ExportError
+from twostep.models.foreign import check_folder
 from twostep.models.folder import ModelFolder
 from twostep.models.student import PARTS, check_free, save_student
 from twostep.models.transformer import stored_transformer, transformer_with
@@ -42,6 +43,7 @@ def _part(teacher: ModelFolder, name: str) -> Any:
         model.unload_lora()
         return model
     if (path / "config.json").is_file():
+        check_folder(path)
         return stored_transformer(path, None, teacher.family.transformer)
     return ModelFolder.open(name).stored_transformer("transformer")
 

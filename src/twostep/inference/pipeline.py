@@ -75,7 +75,8 @@ class TwoStepPipeline(ZImagePipeline):
         """
         folder = ModelFolder.open(os.fspath(model))
         folder.check_full_student("model")
-        pipe: TwoStepPipeline = super().from_pretrained(folder.path, **kwargs)
+        options = kwargs | {"trust_remote_code": False, "use_safetensors": True}
+        pipe: TwoStepPipeline = super().from_pretrained(folder.path, **options)
         return pipe
 
     @classmethod

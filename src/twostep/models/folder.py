@@ -21,6 +21,7 @@ from twostep.families.family import Family, LatentSpace
 from twostep.method.schedule import Schedule
 from twostep.models.adapters import load_lora_pair
 from twostep.models.codec import Decoder
+from twostep.models.foreign import check_folder, named
 from twostep.models.locate import WEIGHTS, locate
 from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
@@ -66,10 +67,12 @@ class ModelFolder:
         """
         name = str(name)
         path = locate(name, patterns)
+        check_folder(path)
         student = StudentIndex.read(path)
         base = path
         if student is not None and student.teacher is not None:
             base = locate(student.teacher, patterns)
+            check_folder(base)
         return ModelFolder(name, path, base, family=_family(base), student=student)
 
     def with_loras(self, files: Sequence[LoraFile]) -> ModelFolder:
@@ -171,7 +174,8 @@ class ModelFolder:
 
     def load(self, part: str, dtype: torch.dtype) -> Any:
         """One of its transformers as a velocity, its LoRA files added, on the CPU."""
-        model = self.family.load(self.base, part, dtype)
+        with named(self.base / part):
+            model = self.family.load(self.base, part, dtype)
         self.add_loras(model)
         return model
 

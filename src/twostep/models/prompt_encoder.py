@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from twostep.errors import ModelError
+from twostep.models.foreign import named
 from twostep.models.prompt_store import PromptStore
 from twostep.runtime.files import folder_fingerprint
+from twostep.runtime.limits import within
+
+# A template is a program in the tokenizer's folder; an honest one takes a millisecond a prompt.
+_TEMPLATE_SECONDS = 30.0
 
 
 class PromptEncoder:
@@ -55,15 +62,23 @@ class PromptEncoder:
         """
 
         def load() -> Any:
-            return AutoModel.from_pretrained(
-                folder / "text_encoder", dtype=dtype, use_safetensors=True
-            ).eval()
+            with named(folder / "text_encoder"):
+                return AutoModel.from_pretrained(
+                    folder / "text_encoder",
+                    dtype=dtype,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                ).eval()
 
         store = None
         if prompt_cache is not None:
             parts = (folder_fingerprint(folder / p) for p in ("text_encoder", "tokenizer"))
             store = PromptStore(prompt_cache, "-".join([*parts, str(dtype)]))
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        with named(folder / "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder / "tokenizer", local_files_only=True, trust_remote_code=False
+            )
         return PromptEncoder(tokenizer, load, cache_size=cache_size, store=store)
 
     @property
@@ -119,15 +134,26 @@ class PromptEncoder:
         return len(self.tokenizer(texts, max_length=max_length, truncation=True).input_ids[0])
 
     def _templated(self, prompts: Sequence[str]) -> list[str]:
-        return [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=True,
-            )
-            for prompt in prompts
-        ]
+        def templated() -> list[str]:
+            return [
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=True,
+                )
+                for prompt in prompts
+            ]
+
+        try:
+            return within(_TEMPLATE_SECONDS, templated)
+        except TimeoutError as error:
+            raise ModelError(
+                f"the tokenizer's chat template is not done with {len(prompts)} prompts "
+                f"after {_TEMPLATE_SECONDS:g} seconds"
+            ) from error
+        except TemplateError as error:
+            raise ModelError(f"the tokenizer's chat template cannot be used: {error}") from error
 
     def _encode(self, prompts: list[str], max_length: int) -> list[Tensor]:
         texts = self._templated(prompts)

@@ -19,6 +19,7 @@ from torch import nn
 
 from twostep.errors import ExportError, ModelError
 from twostep.method.schedule import Schedule
+from twostep.models.foreign import read_object
 from twostep.models.transformer import transformer_with
 from twostep.runtime.files import replace_folder, write_json
 
@@ -94,13 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: if it is missing or no JSON object.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} must hold an object, found {type(values).__name__}")
-    return values
+    return read_object(path)
 
 
 def check_free(out: Path) -> None:
