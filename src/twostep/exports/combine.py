@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from twostep.errors import ExportError
-from twostep.models.foreign import check_folder
 from twostep.models.folder import ModelFolder
+from twostep.models.foreign import check_folder
 from twostep.models.student import PARTS, check_free, save_student
 from twostep.models.transformer import stored_transformer, transformer_with
 
