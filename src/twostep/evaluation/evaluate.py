@@ -25,7 +25,7 @@ from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_json
-from twostep.runtime.processes import Share, wait_for
+from twostep.runtime.processes import Share, beat, end_beats, wait_for
 from twostep.runtime.provenance import stamp
 
 # How many columns the report's pictures have, and how many pairs it shows of each kind.
@@ -131,7 +131,17 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     _make_all(stores, request.options, share=share)
     if not share.is_first:
         return None
-    wait_for(lambda: not any(s.missing() for s in stores), "the other processes")
+    wait_for(
+        lambda: not any(s.missing() for s in stores),
+        share,
+        what=lambda: "; ".join(
+            f"{len(s.missing())} files of images in {s.folder} are missing"
+            for s in stores
+            if s.missing()
+        ),
+        folder=folder,
+    )
+    end_beats(folder)
 
     console = Console(stderr=True)
     console.print("judging", highlight=False)
@@ -193,6 +203,11 @@ def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: S
     total = sum(part.stop - part.start for part in mine)
     with Progress(*columns, console=Console(stderr=True), disable=not share.is_first) as bars:
         bar = bars.add_task("images", total=total)
+
+        def on_images(count: int) -> None:
+            bars.advance(bar, count)
+            beat(stores[0].folder.parent, share)
+
         # Stores of one model in a row, so that it is loaded once.
         for store in sorted(stores, key=lambda s: s.entry.model):
             bars.update(bar, description=f"images of {store.entry.key}")
@@ -200,7 +215,7 @@ def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: S
                 store,
                 partial(load, store),
                 share=share,
-                on_images=partial(bars.advance, bar),
+                on_images=on_images,
             )
 
 

@@ -27,6 +27,7 @@ def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
         ModelError: for a part that is not there or does not fit.
     """
     folder = ModelFolder.open(teacher)
+    folder.check_teacher("teacher")
     check_free(out)
     parts = [_part(folder, name) for name in (first, second)]
     if parts[0].config.dim != parts[1].config.dim:

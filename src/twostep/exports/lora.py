@@ -31,10 +31,11 @@ def export_lora(
     energy: float | None = None,
     check: Sequence[str] = (),
     size: tuple[int, int] = (64, 64),
+    name: str | None = None,
 ) -> list[str]:
     """Writes two LoRA files, their index and a card; what they keep and lose, a line each.
 
-    Args: as `ExportOptions`.
+    Args: as `ExportOptions`; `name` is `out`'s if None.
 
     Raises:
         ExportError: for a student that is no LoRA on this teacher, or whose steps need code.
@@ -48,9 +49,9 @@ def export_lora(
     try:
         if energy is not None:
             rank = max(rank_for(base, model, energy) for model in models)
-        for name, model in zip(STEPS, models, strict=True):
+        for step, model in zip(STEPS, models, strict=True):
             found = low_rank_difference(base, model, rank)
-            path = save_lora(found, rank, out, f"{name}.safetensors")
+            path = save_lora(found, rank, out, f"{step}.safetensors")
             lines.append(
                 f"{path.name}: rank {rank} keeps {100 * found.energy:.1f}% of the linear layers' "
                 f"change; {100 * found.rest:.2f}% as much lies in other parameters and is lost"
@@ -64,7 +65,7 @@ def export_lora(
     # The card's script runs without this package, which alone knows the zoo.
     loaded = str(teacher.path) if teacher.name.startswith("zoo:") else teacher.name
     card = lora_card(
-        out.name, loaded, schedule, rank=rank, facts=origin_of(student.path), lines=lines
+        name or out.name, loaded, schedule, rank=rank, facts=origin_of(student.path), lines=lines
     )
     write_text(out / "README.md", card)
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twostep.errors import ExportError
@@ -13,7 +13,7 @@ from twostep.exports.lora import export_lora
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.student import PARTS, check_free, save_student
-from twostep.runtime.files import write_text
+from twostep.runtime.files import new_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ExportOptions:
         check: for `lora`, prompts on which the files' pictures are compared with the student's.
         size: (height, width) in pixels, of those pictures and of a `torch` program's.
         batch_size, caption_tokens: what a `torch` program takes.
+        name: of the export, for its card.
     """
 
     teacher: str | None = None
@@ -36,6 +37,7 @@ class ExportOptions:
     size: tuple[int, int] = (64, 64)
     batch_size: int = 1
     caption_tokens: int = 64
+    name: str = "student"
 
 
 # (student, folder to write, options) -> what the user should know, a line each
@@ -59,14 +61,16 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     folder = ModelFolder.open(student)
     folder.check_full_student("model")
     check_free(out)
-    return FORMATS[target](folder, out, options or ExportOptions())
+    options = replace(options or ExportOptions(), name=out.name)
+    with new_folder(out) as temporary:
+        return FORMATS[target](folder, temporary, options)
 
 
 def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     first, second = (student.stored_transformer(part) for part in PARTS)
     schedule = student.schedule()
     save_student(student.base, first, second, schedule=schedule, folder=out, dtype=first.dtype)
-    card = student_card(out.name, schedule, origin_of(student.path))
+    card = student_card(options.name, schedule, origin_of(student.path))
     write_text(out / "README.md", card)
     return []
 
@@ -74,9 +78,12 @@ def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[
 def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     if options.teacher is None:
         raise ExportError("teacher: LoRA files belong to a model; name it")
+    teacher = ModelFolder.open(options.teacher)
+    teacher.check_teacher("teacher")
     return export_lora(
-        student, ModelFolder.open(options.teacher), out,
+        student, teacher, out,
         rank=options.rank, energy=options.energy, check=options.check, size=options.size,
+        name=options.name,
     )  # fmt: skip
 
 

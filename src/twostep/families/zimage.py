@@ -230,6 +230,11 @@ class ZImage:
     def caption_width(self, transformer: Mapping[str, Any]) -> int:
         return int(transformer["cap_feat_dim"])
 
+    def caption_tokens(self, transformer: Mapping[str, Any]) -> int:
+        """The image's tokens stand one after the padded caption's last, which begins at 1."""
+        frames = int(transformer["axes_lens"][0])
+        return (frames - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
+
     def depth(self, transformer: Mapping[str, Any]) -> int:
         return int(transformer["n_layers"])
 

@@ -12,7 +12,7 @@ from twostep.errors import InputError
 from twostep.inference.generate import check_prompts, open_model
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import make_folder, write_atomically
 from twostep.runtime.images import labelled_rows, to_pil
 
 
@@ -59,6 +59,6 @@ def compare(
             raise InputError(f"model: two rows would be called {label!r}")
         rows[label] = [to_pil(image) for image in images]
     picture = labelled_rows(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_atomically(out, lambda path: picture.save(path, format="PNG"))
     return out

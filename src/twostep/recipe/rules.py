@@ -19,6 +19,10 @@ MAY_CHANGE = frozenset(
 )  # fmt: skip
 
 
+# Where things are, not what they are.
+PLACES = ("data.cache", "data.cache_copies", "data.cache_copies_gib", "teacher.model")
+
+
 def check(recipe: Recipe) -> None:
     """Raises ValueError for settings that are each allowed, but not together."""
     _guidance_has_a_source(recipe)
@@ -79,9 +83,21 @@ def _sharding_fits(recipe: Recipe) -> None:
         )
 
 
-def differences(begun: Recipe, now: Recipe) -> list[str]:
-    """What `now` may not change of the run that `begun` began, a phrase for each key."""
+def differences(begun: Recipe, now: Recipe, *, same_data: bool = False) -> list[str]:
+    """What `now` may not change of the run that `begun` began, a phrase for each key.
+
+    Args:
+        same_data: the teacher's weights and the cache's contents are known to be the same, whatever
+            their folders are called now.
+    """
     before, after = (flatten(recipe.model_dump(mode="json")) for recipe in (begun, now))
+    for values in (before, after):
+        for key in ("output", "name", *(PLACES if same_data else ())):
+            values.pop(key, None)
+        if same_data:
+            values["teacher.loras"] = [
+                {k: v for k, v in lora.items() if k != "path"} for lora in values["teacher.loras"]
+            ]
     return [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

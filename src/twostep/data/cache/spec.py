@@ -175,13 +175,15 @@ def open_teacher(recipe: Recipe) -> ModelFolder:
     """The recipe's teacher with its LoRA files; loads no weights of it.
 
     Raises:
-        ModelError: for a folder or a LoRA file that is missing or does not fit.
+        ModelError: for a folder or a LoRA file that is missing or does not fit, or for a student.
     """
     loras = [
         LoraFile.open(lora.path, lora.scale, option=f"teacher.loras[{index}]", sha256=lora.sha256)
         for index, lora in enumerate(recipe.teacher.loras)
     ]
-    return ModelFolder.open(recipe.teacher.model).with_loras(loras)
+    teacher = ModelFolder.open(recipe.teacher.model)
+    teacher.check_teacher("teacher.model")
+    return teacher.with_loras(loras)
 
 
 def recipe_schedule(recipe: Recipe, teacher: ModelFolder) -> Schedule:
