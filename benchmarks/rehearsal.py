@@ -50,7 +50,7 @@ def recipe_for(scale: Scale, *, device: str, depth: int, model: Path, out: Path)
         "teacher": {"model": str(model), "steps": 8, "dtype": "bfloat16"},
         "score": {"fit_turns": 2},
         "data": {
-            "prompts": "parti", "prompt_count": 32 if small or gpu else 12,
+            "prompts": "parti", "prompt_count": 32 if gpu else 8,
             "height": size, "width": size, "samples_per_file": 8, "cache": str(out / "cache"),
         },
         "student": {
@@ -60,9 +60,9 @@ def recipe_for(scale: Scale, *, device: str, depth: int, model: Path, out: Path)
         "losses": {"warmup_turns": 0},
         "critic": {"layers": sorted(set(layers)), "width": 8 if small else 256},
         "training": {
-            "turns": 2, "batch_size": 8 if gpu else 2, "micro_batch": 1,
+            "turns": 2 if gpu else 1, "batch_size": 8 if gpu else 1, "micro_batch": 1,
             "checkpoint_activations": True, "critic_warmup_turns": 0, "log_every": 1,
-            "validate_every": 2, "validation_samples": 8, "sample_every": 2, "sample_prompts": 2,
+            "validate_every": 1, "validation_samples": 8, "sample_every": 1, "sample_prompts": 2,
             "save_every": 1, "device": device,
         },
         "output": str(out / "runs"),

@@ -33,8 +33,8 @@ ROOMS = (
 )  # fmt: skip
 BESIDE = {
     "recipes": "how the embedded models were made (recipes: `twostep recipes`)",
-    "examples": "the whole method on 2-D points, in one file",
-    "studies": "which part of the method does the work: rows, runner, tables",
+    "examples": "the whole method on 2-D points, in one file; teach and distil on a cluster",
+    "studies": "which part of the method does the work: rows, runner, tables; a style distilled",
     "benchmarks": "speed and memory, measured",
     "tests": "a folder for each room, and `whole/` for what spans them",
     "tools": "what writes the generated parts of the documentation",

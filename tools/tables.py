@@ -173,6 +173,11 @@ def serve_tables(results: dict[str, Any]) -> str:
         f"| the sampler alone, batch {batch} | {own['rate']:.1f} | 100% | {1e3 * own['cpu']:.1f} "
         "| | | | | |",
     ]
+    if alone := cases.get("sampler 1"):
+        lines.append(
+            f"| the sampler alone, batch 1 | {alone['rate']:.1f} | "
+            f"{100 * alone['rate'] / own['rate']:.0f}% | {1e3 * alone['cpu']:.1f} | | | | | |"
+        )
 
     def row(name: str, case: dict[str, Any]) -> None:
         times = [case["latency"], case["preview"]]

@@ -1,8 +1,8 @@
 """Does a fine-tune survive distillation? A style LoRA on the embedded teacher, then distilled.
 
-The style is a warm cast: every picture's green and blue are dimmed. A LoRA learns it by flow
-matching on the teacher's own pictures, cast; a recipe with `teacher.loras` distils teacher and LoRA
-together. What is measured is the cast of pictures of held-out prompts, red less blue.
+The style is a dark frame around every picture. A LoRA learns it by flow matching on the teacher's
+own pictures, framed; a recipe with `teacher.loras` distils teacher and LoRA together. What is
+measured on held-out prompts is how bright the frame's place is, and what the inspector finds.
 
 python studies/style/run.py --out runs/style --minutes 6
 """
@@ -31,27 +31,35 @@ from twostep.method.rollout import seeded_noise
 from twostep.models.adapters import AdapterVelocity, SharedBackbone
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
-from twostep.recipe.schema import Recipe, Student
+from twostep.recipe.models import Student
+from twostep.recipe.schema import Recipe
 from twostep.runtime.files import write_json
 from twostep.runtime.provenance import stamp
 
 TEACHER = "zoo:emoji-teacher"
-CAST = torch.tensor([1.0, 0.75, 0.45])[:, None, None]  # of red, green, blue in 0..1
+FRAME, COLOUR = 3, torch.tensor([0.15, 0.10, 0.10])[:, None, None]  # pixels; red, green, blue
 SIZE, RANK, BATCH, RATE = (64, 64), 8, 16, 1e-3
 HELD_OUT = 256
 
 
-def cast(images: Tensor) -> Tensor:
-    """Images in -1..1, warm."""
-    return (images + 1) * CAST - 1
+def outside() -> Tensor:
+    """The frame's pixels, (H, W)."""
+    place = torch.ones(SIZE, dtype=torch.bool)
+    place[FRAME:-FRAME, FRAME:-FRAME] = False
+    return place
+
+
+def framed(images: Tensor) -> Tensor:
+    """Images in -1..1 with the frame."""
+    return torch.where(outside(), 2 * COLOUR - 1, images)
 
 
 def train_lora(folder: Path, *, pictures: int, turns: int) -> Path:
-    """Flow matching on the teacher's pictures, cast; the LoRA's file, in diffusers' layout."""
+    """Flow matching on the teacher's pictures, framed; the LoRA's file, in diffusers' layout."""
     teacher = Sampler.load(TEACHER)
     prompts = load_prompts("emoji", pictures, seed=7)
     noise = seeded_noise(list(range(pictures)), teacher.noise_shape(*SIZE))
-    clean = teacher.decoder.encode(cast(teacher.generate(prompts, noise, 8)))
+    clean = teacher.decoder.encode(framed(teacher.generate(prompts, noise, 8)))
     embeds = teacher.encoder.encode(prompts)
     backbone = SharedBackbone(
         teacher.velocities[0], ["style"], rank=RANK, target_modules=Student().target_modules, seed=0
@@ -81,7 +89,7 @@ def train_lora(folder: Path, *, pictures: int, turns: int) -> Path:
             weight = getattr(layer, side)["style"].weight.detach()
             matrices[f"{name}.{side}.weight"] = weight.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    return save_lora(LowRank(matrices, 1.0, 0.0), RANK, folder, "warm.safetensors")
+    return save_lora(LowRank(matrices, 1.0, 0.0), RANK, folder, "frame.safetensors")
 
 
 def interval(values: Tensor) -> dict[str, float]:
@@ -91,7 +99,7 @@ def interval(values: Tensor) -> dict[str, float]:
 
 
 def measure(lora: Path, student: Path) -> dict[str, dict[str, Any]]:
-    """By model: cast (red less blue, 0..1), its distance to the fine-tuned teacher's, accuracy."""
+    """By model: the frame's brightness (0..1), its distance to the tuned teacher's, accuracy."""
     tuned = ModelFolder.open(TEACHER).with_loras([LoraFile.open(lora)])
     prompts = PromptSet.load("emoji", HELD_OUT, seeds_per_prompt=1)
     inspect = load_scorer("inspector")
@@ -103,24 +111,22 @@ def measure(lora: Path, student: Path) -> dict[str, dict[str, Any]]:
         "shipped_2": ("zoo:emoji-student", 2),
     }
     figures: dict[str, dict[str, Any]] = {}
-    casts: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+
+    def look(name: str, images: Tensor) -> None:
+        found[name] = ((images + 1) / 2)[:, :, outside()].mean((1, 2))
+        right = inspect(images, prompts)["accuracy.overall"]
+        figures[name] = {"frame": interval(found[name]), "accuracy": interval(right)}
+
     for name, (model, steps) in models.items():
         sampler = Sampler.load(model)
         noise = seeded_noise(list(range(10_000, 10_000 + HELD_OUT)), sampler.noise_shape(*SIZE))
         images = sampler.generate(prompts.prompts, noise, steps)
-        channels = (images.mean((2, 3)) + 1) / 2
-        casts[name] = channels[:, 0] - channels[:, 2]
-        # The inspector knows plain pictures: those with the style are shown to it without.
-        plain = images if name in ("teacher_8", "shipped_2") else (images + 1) / CAST - 1
-        right = inspect(plain.clamp(-1, 1), prompts)["accuracy.overall"]
-        figures[name] = {
-            "channels": [round(c, 4) for c in channels.mean(0).tolist()],
-            "cast": interval(casts[name]),
-            "accuracy": interval(right),
-        }
-    wanted = casts["tuned_8"]
-    for name, values in casts.items():
-        figures[name]["from_tuned"] = interval(values - wanted)  # prompt by prompt
+        look(name, images)
+        if name == "teacher_8":  # what the LoRA was shown: as well as it can be
+            look("painted", sampler.decoder.decode(sampler.decoder.encode(framed(images))))
+    for name, values in found.items():
+        figures[name]["from_tuned"] = interval(values - found["tuned_8"])  # prompt by prompt
     return figures
 
 
@@ -135,7 +141,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a JSON file; OUT/style.json without it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lora = options.out / "warm.safetensors"
+    lora = options.out / "frame.safetensors"
     if not lora.is_file():
         lora = train_lora(options.out, pictures=options.pictures, turns=options.lora_turns)
     overrides = [

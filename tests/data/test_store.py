@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from twostep.data.cache.build import open_cache
 from twostep.data.cache.read import TeacherCache
 from twostep.data.cache.spec import CacheSpec
 from twostep.data.cache.store import CacheError
-from twostep.distill.batches import order_of
-from twostep.distill.held_out import HeldOut
 from twostep.distill.order import Order
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
@@ -71,7 +68,7 @@ def test_a_store_holds_what_a_folder_does(
         assert all(torch.equal(a, b) for a, b in zip(ours.embeds, theirs.embeds, strict=True))
         assert cache.caption_lengths().tolist() == local.caption_lengths().tolist()
         assert torch.equal(cache.empty_embeds, local.empty_embeds)
-        assert cache.shards_at_once is None
+        assert cache.files_at_once() is None
     # The records alone are fetched until samples are read.
     fresh = open_cache(at(make_recipe, url, tmp_path / "third"))
     assert not list(fresh.spec.folder.glob("shard-*.safetensors"))
@@ -159,27 +156,31 @@ def test_copies_are_bounded_and_the_longest_unread_goes_first(
         assert torch.equal(cache.read(ids).latents, whole.read(ids).latents)
     assert len(copies()) <= 2
     # Samples are drawn from as many files at a time as have room.
-    assert cache.shards_at_once == 1
-    (learnt,) = HeldOut.of(recipe, cache.spec).training_samples()
-    seen = [i for t in range(6) for i in order_of(recipe, cache).batch(t, 3, purpose="student")]
-    assert sorted(seen) == learnt
-    changes = sum(a // 8 != b // 8 for a, b in pairwise(seen))
-    assert changes == 2  # one file after the other
+    files = cache.files_at_once()
+    assert files is not None
+    assert (files[0].tolist(), files[1]) == ([0] * 8 + [1] * 8 + [2] * 8, 1)
+    order = Order([range(24)], np.ones(24, int), seed=0, files=files)
+    batches = [order.batch(t, 4, purpose="student") for t in range(6)]
+    assert sorted(i for batch in batches for i in batch) == list(range(24))
+    assert all(len({i // 8 for i in batch}) == 1 for batch in batches)
 
 
 def test_order_draws_from_some_files_at_a_time() -> None:
-    file_of = (np.arange(80) - 10) // 8
-    order = Order([range(10, 70)], np.ones(80, int), seed=0, files=(file_of, 3))
+    files = np.arange(80) // 8
+    order = Order([range(10, 70)], np.ones(80, int), seed=0, files=(files, 3))
     epochs = [
         [i for t in range(15 * e, 15 * e + 15) for i in order.batch(t, 4, purpose="student")]
         for e in (0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10, 70))
     assert epochs[0] != epochs[1]
-    groups = [{(i - 10) // 8 for i in epochs[0][start : start + 24]} for start in (0, 24)]
-    assert [len(group) for group in groups] == [3, 3] or 7 in set.union(*groups)
-    assert max(len({(i - 10) // 8 for i in epochs[0][s : s + 12]}) for s in range(0, 60, 12)) <= 6
-    assert epochs[0][:24] != sorted(epochs[0][:24])
+    firsts = [list(dict.fromkeys(i // 8 for i in epoch)) for epoch in epochs]
+    assert firsts[0] != firsts[1]
+    for epoch, seen in zip(epochs, firsts, strict=True):  # 8 files, the first and the last cut
+        last = {file: max(p for p, i in enumerate(epoch) if i // 8 == file) for file in seen}
+        first = {file: min(p for p, i in enumerate(epoch) if i // 8 == file) for file in seen}
+        open_at = [sum(first[f] <= p <= last[f] for f in seen) for p in range(len(epoch))]
+        assert max(open_at) == 3
 
 
 def test_shards_come_ahead(make_recipe: Make, tmp_path: Path, memory: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,16 +92,18 @@ def test_dropped_captions_are_the_empty_one(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(score={"fit_turns": 2, "caption_dropout": 0.5}))
     batch = trainer.batches.read(0, "student")
     seen: list[PromptBatch] = []
-    score = trainer.roles.score
+    velocity = trainer.roles.score.velocity
 
-    def watch(latents: Tensor, sigma: Tensor, prompts: PromptBatch) -> Prediction:
+    def watch(
+        latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
+    ) -> Prediction:
         seen.append(prompts)
-        return score(latents, sigma, prompts)
+        return velocity(latents, sigma, prompts, taps)
 
-    recipe, roles = trainer.recipe, replace(trainer.roles, score=watch)  # type: ignore[arg-type]
+    trainer.roles.score.velocity = watch
+    turn = ScoreTurn(trainer.recipe, trainer.roles, trainer.schedule)
     drawn = 0
     for number in range(8):
-        turn = ScoreTurn(recipe, roles, trainer.schedule)
         turn(batch, Draws(0, number, "score", device=trainer.device))
         prompts = seen[-1]
         for row in range(len(prompts)):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from twostep.distill.objectives.terms import TERMS
 from twostep.distill.progress import _SHOWN
-from twostep.recipe.schema import StepLosses
+from twostep.recipe.objective import StepLosses
 
 
 def test_every_weight_of_a_recipe_has_its_term() -> None:

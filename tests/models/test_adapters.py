@@ -30,7 +30,8 @@ from twostep.models.folder import ModelFolder
 from twostep.models.int8 import Int8Linear
 from twostep.models.student import write_lora_index
 from twostep.models.velocity import bind
-from twostep.recipe.schema import Recipe, Student
+from twostep.recipe.models import Student
+from twostep.recipe.schema import Recipe
 
 NAMES = ["first", "second", "fake1", "fake2"]
 TARGETS = Student().target_modules

@@ -58,8 +58,8 @@ def test_neighbours_of_a_new_folder_stay(tmp_path: Path) -> None:
         assert names(tmp_path / "out") == ["old"]
     assert names(tmp_path / "out") == ["new"]
     assert names(tmp_path) == [".out.old", ".out.tmp", "out", "out.tmp"]
-    with pytest.raises(ValueError), new_folder(tmp_path / "out") as temporary:
-        raise ValueError
+    with pytest.raises(ValueError, match="stop"), new_folder(tmp_path / "out"):
+        raise ValueError("stop")
     assert names(tmp_path / "out") == ["new"]
     assert names(tmp_path) == [".out.old", ".out.tmp", "out", "out.tmp"]
 
@@ -89,7 +89,9 @@ def test_a_disk_that_refuses_ends_in_a_sentence_and_the_old_file_stays(
         temporary.write_text("ne")
         raise error
 
-    with pytest.raises(WriteError, match=rf"state.json cannot be written: {said} \(.* GiB are free"):
+    with pytest.raises(
+        WriteError, match=rf"state.json cannot be written: {said} \(.* GiB are free"
+    ):
         write_atomically(path, fail)
     assert names(tmp_path) == ["state.json"]
     assert path.read_text() == "old"
@@ -100,7 +102,10 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="cannot be written: "):
         files.make_folder(tmp_path / "file" / "out")
-    with pytest.raises(WriteError, match="cannot be written: "), new_folder(tmp_path / "file" / "x"):
+    with (
+        pytest.raises(WriteError, match="cannot be written: "),
+        new_folder(tmp_path / "file" / "x"),
+    ):
         pass
 
 

@@ -28,7 +28,7 @@ def test_several_say_for_whom_and_give_up_without_a_sign_of_life(
 
     monkeypatch.setattr(processes.time, "sleep", sleep)
     monkeypatch.setattr(processes.time, "monotonic", lambda: now)
-    with pytest.raises(WaitError, match="gave up on shard 3 is missing.*one of 2: no sign"):
+    with pytest.raises(WaitError, match=r"gave up on shard 3 is missing.*one of 2: no sign"):
         wait_for(lambda: False, Share(0, 2), what=lambda: "shard 3 is missing", folder=tmp_path)
     assert now == pytest.approx(1000 + 1200, abs=3)
     assert capsys.readouterr().err.count("shard 3 is missing, for which process 0 waits") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -22,6 +23,7 @@ import pytest
 from PIL import Image
 
 from serving_fakes import FakeModel, broken, offer, running, served, until
+from twostep.serving.door import Door
 from twostep.serving.engine import Engine
 from twostep.serving.keys import Keys
 from twostep.serving.metrics import Metrics
@@ -221,6 +223,47 @@ def test_a_full_line_is_429_and_says_when_to_come_back() -> None:
             thread.join(10)
         assert ask(url, "/v1/images/generations", {"prompt": "x"})[0] == 200
         assert metric(url, 'twostep_refusals_total{kind="queue_full"}') == 2
+
+
+def test_open_requests_are_bounded_whatever_they_do() -> None:
+    with fake_server(limits=Limits(open_requests=1)) as (url, _, model):
+        model.gate.clear()
+        first = threading.Thread(target=ask, args=(url, "/v1/images/generations", {"prompt": "x"}))
+        first.start()
+        assert model.reached.wait(10)
+        status, body, headers = ask(url, "/v1/models")
+        assert (status, body["error"]["code"]) == (429, "too_many_requests")
+        assert headers["retry-after"] == "1"
+        model.gate.set()
+        first.join(10)
+        assert ask(url, "/v1/models")[0] == 200
+
+
+def test_a_client_that_does_not_read_is_let_go() -> None:
+    sent: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a picture"})
+        sent.append("all of it")
+
+    async def blocked(message: Any) -> None:
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(30)
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    metrics = Metrics()
+    door = Door(
+        app, keys=Keys(), limits=Limits(send_seconds=0.05), metrics=metrics, busy=lambda: None,
+        hosts=None,
+    )  # fmt: skip
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    asyncio.run(asyncio.wait_for(door(scope, receive, blocked), 5))
+    assert sent == ["http.response.start", "http.response.body"]
+    assert b'twostep_refusals_total{kind="client_gone"} 1.0' in metrics.text()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -24,18 +24,20 @@ from twostep.distill.batches import rows_of
 from twostep.distill.checkpoint import list_checkpoints
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.roles import Role
-from twostep.distill.sharding import Sharder
+from twostep.distill.sharding import Sharder, shard_size
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
 from twostep.families.family import PromptBatch
 from twostep.method.schedule import Schedule
 from twostep.models.compiling import compile_blocks
 from twostep.models.folder import ModelFolder
-from twostep.recipe.schema import Recipe, Training
+from twostep.recipe.schema import Recipe
+from twostep.recipe.training import Training
 from twostep.runtime.distributed import World, gathered
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
+FROZEN_FIRST_FORWARD = Path(__file__).with_name("frozen_first_forward.py")
 KILLED_IN_SAVE = Path(__file__).with_name("killed_in_save.py")
 
 
@@ -155,6 +157,44 @@ def test_a_process_killed_while_saving_costs_only_the_turns_since_the_last_save(
     assert (folder / ".turn-0000004.tmp").exists()
     distill(recipe, 2, tmp_path)
     assert_same_run(alone, recipe, tiny_folder)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_frozen_first_forward_does_not_change_the_dtype_in_which_gradients_are_reduced(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found silently wrong elsewhere: NeMo AutoModel PR 3298."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe(distributed={"sharding": "shard"}).to_yaml())
+    tests = str(Path(__file__).parents[1])
+    known = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([tests, *filter(None, [known])]))
+    result = torchrun(2, str(FROZEN_FIRST_FORWARD), str(path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[-2] == "['torch.float32'] True True 0.0"
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "asked", "expected"),
+    [
+        (8, "8", None, 8),
+        (32, "8", None, 8),
+        (32, "8", 16, 16),
+        (2, None, None, 2),
+        (12, "8", None, 12),
+    ],
+)
+def test_weights_are_gathered_within_a_machine_unless_another_size_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, size: int, local: str | None, asked: int | None, expected: int
+) -> None:
+    if local is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    world = World(CPU)
+    world.size = size
+    assert shard_size(world, asked) == expected
 
 
 # One process.

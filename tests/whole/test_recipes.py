@@ -9,9 +9,7 @@ import pytest
 from twostep.data.cache.build import open_cache
 from twostep.distill.trainer import Trainer
 from twostep.inference.pipeline import TwoStepPipeline
-from twostep.recipe.schema import (
-    Recipe,
-)
+from twostep.recipe.schema import Recipe
 from twostep.zoo import recipe_names, recipe_path
 
 RECIPES = [recipe_path(f"zoo:{name}") for name in recipe_names()]

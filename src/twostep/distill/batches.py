@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from twostep.data.cache.read import TeacherCache
@@ -54,17 +53,12 @@ def rows_of(settings: Training, world: World) -> list[slice]:
 
 def order_of(recipe: Recipe, cache: TeacherCache) -> Order:
     """The order in which a run reads `cache`; validation's prompts are left out."""
-    files = None
-    if cache.shards_at_once is not None:
-        shards = cache.spec.shards
-        file_of = np.repeat([s.index for s in shards], [s.count for s in shards])
-        files = file_of, cache.shards_at_once
     return Order(
         HeldOut.of(recipe, cache.spec).training_samples(),
         cache.caption_lengths(),
         seed=recipe.training.seed,
         window=recipe.data.caption_window,
-        files=files,
+        files=cache.files_at_once(),
     )
 
 

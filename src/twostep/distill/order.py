@@ -20,8 +20,7 @@ class Order:
         lengths: tokens of each sample's caption, by id.
         window: batches that are sorted by caption length together, so that their captions pad to
             much the same; 1 leaves them as they are drawn. A window drops what is left of an epoch.
-        files: the file of each sample, by id, and how many files samples are drawn from at a time;
-            None: all.
+        files: each sample's file, by id, and how many of them are drawn from at a time; None: all.
     """
 
     def __init__(
@@ -63,19 +62,19 @@ class Order:
         if drawn != epoch:
             samples = self.sizes[size]
             generator = rng(self.seed, Stream.ORDER, purpose, epoch, size)
-            shuffled = self._permuted(samples, generator)
+            shuffled = self._permuted(np.asarray(samples), generator)
             self._drawn[purpose, size] = epoch, shuffled
         return shuffled
 
-    def _permuted(self, samples: Sequence[int], generator: np.random.Generator) -> np.ndarray:
-        ids = np.asarray(samples)
+    def _permuted(self, ids: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         if self.files is None:
             return ids[generator.permutation(len(ids))]
         file_of, at_once = self.files
-        files = [ids[file_of[ids] == file] for file in np.unique(file_of[ids])]
-        drawn = [files[place] for place in generator.permutation(len(files))]
-        groups = [np.concatenate(drawn[i : i + at_once]) for i in range(0, len(drawn), at_once)]
-        return np.concatenate([generator.permutation(group) for group in groups])
+        files = generator.permutation(np.unique(file_of[ids]))
+        groups = [files[i : i + at_once] for i in range(0, len(files), at_once)]
+        return np.concatenate(
+            [generator.permutation(ids[np.isin(file_of[ids], group)]) for group in groups]
+        )
 
     def _sorted(self, purpose: int, epoch: int, size: int, batch_size: int) -> np.ndarray:
         """An epoch's ids, window by window in order of caption length, batches shuffled again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -64,8 +65,17 @@ class Sharder:
         return model
 
 
-def _mesh(world: World, shard_size: int | None) -> DeviceMesh:
-    size = shard_size or world.size
+def shard_size(world: World, asked: int | None) -> int:
+    """How many processes share one set of weights; those of one machine if nothing is asked for.
+
+    Between machines all of them where that leaves a rest.
+    """
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    return asked or (world.size if world.size % on_machine else on_machine)
+
+
+def _mesh(world: World, asked: int | None) -> DeviceMesh:
+    size = shard_size(world, asked)
     if world.size % size:
         raise RecipeError(
             f"distributed.shard_size: {size} does not divide the {world.size} processes"

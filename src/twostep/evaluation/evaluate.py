@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from twostep.evaluation.entries import Entry
@@ -25,7 +24,9 @@ from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_json
+from twostep.runtime.images import pictures_at_once
 from twostep.runtime.processes import Share, beat, end_beats, wait_for
+from twostep.runtime.progress import progress_bar
 from twostep.runtime.provenance import stamp
 
 # How many columns the report's pictures have, and how many pairs it shows of each kind.
@@ -42,7 +43,7 @@ class EvaluationRequest:
         scores: scorers' names.
         halves: random halves of the prompts behind each interval; 0 for no intervals.
         size: (height, width) in pixels.
-        timed: images in the batch that is timed; 0 for no timing.
+        timed: images in the batch that is timed, fewer where they are large; 0 for no timing.
         options: how every model is held, and where.
     """
 
@@ -187,9 +188,6 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
 
 
 def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
     loaded: dict[str, Sampler] = {}
 
     def load(store: ImageStore) -> Sampler:
@@ -199,24 +197,17 @@ def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: S
             loaded[model] = options.load(ModelFolder.open(model), store.prompts.prompts)
         return loaded[model]
 
-    mine = [part for store in stores for part in share.of(store.parts)]
-    total = sum(part.stop - part.start for part in mine)
-    with Progress(*columns, console=Console(stderr=True), disable=not share.is_first) as bars:
-        bar = bars.add_task("images", total=total)
+    # Stores of one model in a row, so that it is loaded once.
+    for store in sorted(stores, key=lambda s: s.entry.model):
+        count = sum(part.stop - part.start for part in share.of(store.parts))
+        title = f"images of {store.entry.key}"
+        with progress_bar(title, count, unit="images", hidden=not share.is_first) as advance:
 
-        def on_images(count: int) -> None:
-            bars.advance(bar, count)
-            beat(stores[0].folder.parent, share)
+            def on_images(made: int, advance: Callable[[int], None] = advance) -> None:
+                advance(made)
+                beat(stores[0].folder.parent, share)
 
-        # Stores of one model in a row, so that it is loaded once.
-        for store in sorted(stores, key=lambda s: s.entry.model):
-            bars.update(bar, description=f"images of {store.entry.key}")
-            make_images(
-                store,
-                partial(load, store),
-                share=share,
-                on_images=on_images,
-            )
+            make_images(store, partial(load, store), share=share, on_images=on_images)
 
 
 def _read_all(stores: Sequence[ImageStore]) -> dict[Entry, Tensor]:
@@ -268,7 +259,8 @@ def _of_model(entry: Entry, result: Mapping[str, dict[str, Any]]) -> dict[str, A
 
 
 def _time(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
-    prompts, count = request.prompts, min(request.timed, len(request.prompts))
+    prompts = request.prompts
+    count = min(request.timed, len(prompts), pictures_at_once(*request.size))
     result = {}
     for entry in request.entries:
         sampler = request.options.load(ModelFolder.open(entry.model), [])

@@ -26,6 +26,9 @@ from twostep.models.int8 import pack_int8
 from twostep.models.student import STEPS
 from twostep.runtime.randomness import Stream, torch_seed
 
+# The key under which a LoRA layer finds the adapter it is to read.
+_NOW = "now"
+
 
 class AdapterSwitch:
     """The LoRA layers of a network, run with one adapter at a time.
@@ -35,27 +38,39 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.active = model, ""
+        self.model = model
         self.layers: dict[str, Any] = {
             key: layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
-        self._activate("")
+        self.active: str | None = None
+        self.activate("")
 
-    def _activate(self, name: str) -> None:
+    def activate(self, name: str) -> None:
+        """Lets the layers read adapter `name` from now on; none if it is empty.
+
+        They read it under one key for all of them, so that compiled code does not depend on which
+        it is.
+        """
+        if name == self.active:
+            return
         for layer in self.layers.values():
             layer._disable_adapters = not name
-            layer._active_adapter = [name] if name else []
+            layer._active_adapter = [_NOW]
+            if name:
+                for parts in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+                    parts._modules[_NOW] = parts._modules[name]
+                layer.scaling[_NOW] = layer.scaling[name]
         self.active = name
 
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
         """Inside, the backbone runs with adapter `name`; with none if it is empty."""
         before = self.active
-        self._activate(name)
+        self.activate(name)
         try:
             yield
         finally:
-            self._activate(before)
+            self.activate(before or "")
 
 
 class AdapterVelocity(nn.Module):
@@ -187,11 +202,13 @@ class SharedBackbone(AdapterSwitch):
         """Recomputes a share of the blocks in the backward pass, each under its own role."""
 
         def run(layer: nn.Module, *inputs: Any) -> Any:
-            name = self.active
+            name = self.active or ""
 
             def under_its_role(*again: Any) -> Any:
-                with self.role(name):
-                    return layer(*again)
+                # Nothing to put back: whoever calls a role says which, and the next block
+                # that is recomputed is most likely this one's neighbour.
+                self.activate(name)
+                return layer(*again)
 
             return checkpoint(under_its_role, *inputs, use_reentrant=False)
 

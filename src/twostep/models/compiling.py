@@ -11,8 +11,9 @@ from torch import nn
 def allow_graphs() -> None:
     """Lets `torch.compile` keep as many graphs of one piece of code as a run has uses for it.
 
-    Roles share their code: with and without gradient, with and without taps, in the batch sizes of
-    training and validation. Each is a graph of its own, of fixed shapes.
+    Roles share their code: with and without gradient, with and without taps or adapters. Each is a
+    graph of its own, at first of fixed shapes; where a second picture size, caption length or batch
+    comes by, one more for all that follow.
     """
     import torch._dynamo as dynamo  # slow, and few need it
 
@@ -27,4 +28,4 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """
     allow_graphs()
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True)

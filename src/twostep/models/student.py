@@ -161,7 +161,7 @@ def write_student(
 
 
 def _copy_part(part: Path, target: Path) -> None:
-    """What a loader reads of a part: no pickles, and the content of links, which stay inside."""
+    """What a loader of ours reads of a part; of links their content."""
     target.mkdir()
     for path in sorted(part.rglob("*")):
         if path.is_file() and path.suffix in _COPIED:

@@ -20,7 +20,7 @@ from twostep.runtime.memory_meter import live_bytes
 
 
 def count_validation(
-    recipe: Recipe, folder: ModelFolder, roles: Roles, schedule: Schedule, prompt_tokens: int
+    recipe: Recipe, folder: ModelFolder, roles: Roles, *, schedule: Schedule, prompt_tokens: int
 ) -> Counted:
     """A batch of it: the teacher's steps, the student's two, the teacher's look at both."""
     height, width = recipe.data.height, recipe.data.width
@@ -44,7 +44,7 @@ def count_validation(
 
 
 def count_forward(
-    recipe: Recipe, folder: ModelFolder, roles: Roles, size: tuple[int, int], prompt_tokens: int
+    recipe: Recipe, folder: ModelFolder, roles: Roles, *, size: tuple[int, int], prompt_tokens: int
 ) -> Counted:
     """One sample once through the frozen teacher."""
     features = folder.family.caption_width(folder.architecture)

@@ -22,7 +22,7 @@ from twostep.planning.weightless import (
     open_weightless,
     vae_without_weights,
 )
-from twostep.recipe.schema import Student
+from twostep.recipe.models import Student
 from twostep.runtime.devices import Memory
 from twostep.runtime.memory_meter import live_bytes, weight_bytes
 from twostep.runtime.shape_tensors import ShapesOnly
@@ -62,6 +62,7 @@ def generation_needs(
     steps: Steps,
     memory: Memory,
     size: tuple[int, int],
+    *,
     batch_size: int = 1,
     prompt_tokens: int = 128,
     rank: int = 64,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from twostep.distill.objectives.roles import Roles
 from twostep.models.folder import ModelFolder
 from twostep.planning.disk import STORED, student_bytes
 from twostep.planning.roles import RolePlan
@@ -105,9 +106,11 @@ class RunStages:
         )
 
 
-def checkpoint_bytes(held: Sequence[RolePlan], shards: int) -> int:
+def checkpoint_bytes(held: Sequence[RolePlan], roles: Roles, shards: int) -> int:
     """A checkpoint's tensors: what is trained, its average and its optimizers' states."""
     trained = sum(r.parameters for r in held if r.gradients)
     averaged = sum(r.parameters for r in held if r.average)
     states = sum(r.optimizer * (1 if r.name == "critic" else shards) for r in held)
-    return 4 * (trained + averaged) + states
+    modules = [m for name, m in roles.trained_modules().items() if name != "score"]
+    counters = sum(1 for module in modules for _ in module.parameters())  # steps taken, in fp32
+    return 4 * (trained + averaged + counters) + states

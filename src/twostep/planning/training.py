@@ -115,7 +115,8 @@ def measure(
         roles = build_roles(recipe, folder, device=CPU, load=load_weightless)
     shards = 1
     if recipe.distributed.sharding == "shard":
-        shards = recipe.distributed.shard_size or processes
+        # Beyond one machine, of 8, weights are gathered within it.
+        shards = recipe.distributed.shard_size or min(processes, 8)
     held = plan_roles(recipe, roles, shards)
     schedule = recipe_schedule(recipe, folder)
     sizes, size = recipe.data.sizes, (recipe.data.height, recipe.data.width)
@@ -132,8 +133,12 @@ def measure(
             runs[name] = count_turn(turn, roles, batch, recipe)
             advance(1)
         largest_size = max(sizes, key=lambda s: s[0] * s[1])
-        forward = count_forward(recipe, folder, roles, largest_size, prompt_tokens)
-        validation = count_validation(recipe, folder, roles, schedule, prompt_tokens)
+        forward = count_forward(
+            recipe, folder, roles, size=largest_size, prompt_tokens=prompt_tokens
+        )
+        validation = count_validation(
+            recipe, folder, roles, schedule=schedule, prompt_tokens=prompt_tokens
+        )
         advance(1)
         shown = min(settings.sample_prompts, settings.validation_samples)
         decoder, decoding = count_decoding(folder, size, shown, _placement(recipe))
@@ -141,7 +146,14 @@ def measure(
     gathered = gathered_bytes(roles) if shards > 1 else 0
     fitting = fitting_bytes(recipe, roles, shards) if recipe.score.fit_turns else 0
     checkpoint = checkpoint_bytes(held, roles, shards)
-    run = RunStages(recipe, held, extra=decoder + gathered, fitting=fitting, checkpoint=checkpoint)
+    run = RunStages(
+        recipe,
+        held,
+        extra=decoder + gathered,
+        fitting=fitting,
+        checkpoint=checkpoint,
+        frozen=4 * sum(p.numel() for p in roles.score.parameters()),
+    )
     stages = [
         *run.turns(runs),
         *run.checks(validation, decoding),

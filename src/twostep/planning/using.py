@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from twostep.evaluation.evaluate import EvaluationRequest
 from twostep.evaluation.image_store import PART
 from twostep.planning.checking import count_decoding
 from twostep.planning.generation import generation_needs
@@ -26,22 +28,25 @@ def using_stages(
 ) -> list[Stage]:
     """`twostep generate`, a picture at a time, and `twostep evaluate`, a batch at a time."""
     size = (recipe.data.height, recipe.data.width)
-    one = generation_needs(
-        recipe.teacher.model, "two_sets", "plain", size, 1, prompt_tokens, dtype=dtype
-    )
-    advance(2)
-    many = generation_needs(
-        recipe.teacher.model, "two_sets", "plain", size, pictures_at_once(*size), prompt_tokens,
-        dtype=dtype,
+    needs = partial(
+        generation_needs, recipe.teacher.model, "two_sets", "plain", size,
+        prompt_tokens=prompt_tokens, dtype=dtype,
     )  # fmt: skip
+    one = needs()
+    advance(2)
+    many = needs(batch_size=pictures_at_once(*size))
     advance(2)
     with ShapesOnly():
         placement = Placement(CPU, dtype)
         folder = open_weightless(recipe.teacher.model)
         _, decoding = count_decoding(folder, size, PART, placement)
-    # An evaluation keeps the text encoder: its prompts come with their pictures.
-    held = many.text_encoder + many.transformers + many.decoder
+    # Timing takes its pictures in one batch, their prompts encoded each time.
+    timed = needs(batch_size=min(EvaluationRequest.timed, pictures_at_once(*size)))
+    all_there = timed.text_encoder + timed.transformers + timed.decoder
+    timing = all_there + max(timed.steps, timed.decoding)
+    judged = many.transformers + many.decoder + max(many.steps, decoding.peak)
     return [
         Stage("generate", one.peak),
-        Stage("evaluate", held + max(many.steps, decoding.peak)),
+        Stage("evaluate: pictures", max(many.text_encoder, judged)),
+        Stage("evaluate: timing", timing),
     ]

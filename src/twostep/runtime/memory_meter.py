@@ -45,10 +45,10 @@ class LiveBytes:
         func: Any,
         given: Iterable[Tensor],
         made: Iterable[Tensor],
-        args: Sequence[Any],
-        result: Any,
+        call: tuple[Sequence[Any], Any],
     ) -> None:
-        """Counts one operation on `given`, of which `made` came."""
+        """Counts one operation on `given`, of which `made` came; `call` is arguments and result."""
+        args, result = call
         # What first comes up as an argument was there before: a view of it is nothing new.
         for tensor in given:
             self._add(tensor.untyped_storage(), 0)
@@ -90,7 +90,7 @@ class _Watching(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.live.saw(func, given, made, args, result)
+        self.live.saw(func, given, made, (args, result))
         return result
 
 

@@ -17,8 +17,8 @@ CPU, _META = torch.device("cpu"), torch.device("meta")
 _READ = torch.ops.aten._local_scalar_dense.default
 # Shape, strides and type of a result.
 _Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]
-# An operation, the tensors that go in, those that come out (all of the meta device), arguments.
-Watcher = Callable[[Any, list[Tensor], list[Tensor], Sequence[Any], Any], None]
+# An operation, the tensors that go in and come out (all of the meta device), arguments and result.
+Watcher = Callable[[Any, list[Tensor], list[Tensor], tuple[Sequence[Any], Any]], None]
 
 
 class ShapeTensor(Tensor):
@@ -79,7 +79,7 @@ class ShapesOnly(TorchDispatchMode):
         made: list[Tensor] = []
         closed = _close(result, theirs, inner, made)
         for watcher in self.watchers:
-            watcher(func, inner, made, own, result)
+            watcher(func, inner, made, (own, result))
         return closed
 
     def _run(self, func: Any, args: list[Any], named: dict[str, Any], inner: list[Tensor]) -> Any:

@@ -85,7 +85,14 @@ def create_app(
     _add_models(app, catalogue)
     _add_state(app, engine, metrics)
     _add_page(app)
-    return Door(app, keys=options.keys, limits=options.limits, metrics=metrics, hosts=options.hosts)
+    return Door(
+        app,
+        keys=options.keys,
+        limits=options.limits,
+        metrics=metrics,
+        busy=engine.busy,
+        hosts=options.hosts,
+    )
 
 
 def _add_models(app: FastAPI, catalogue: Catalogue) -> None:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from twostep.serving.errors import ApiError, failed
+from twostep.serving.errors import ApiError, failed, full
 from twostep.serving.keys import Keys
 from twostep.serving.logs import log, log_error
 from twostep.serving.metrics import Metrics
@@ -21,6 +21,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+PICTURES = "/v1/images/generations"
 # Open to everybody: whether it runs, and a page that holds no secret.
 _PUBLIC = re.compile(r"/|/health|/ready|/page/[\w.-]+")
 _ID = re.compile(r"[\w.-]{1,64}")
@@ -45,6 +46,8 @@ class Door:
     """ASGI middleware around the application.
 
     Args:
+        busy: seconds to come back after where no picture can be taken, else None; asked before
+            a body is read, so that a flood costs little.
         hosts: names by which a server without keys answers, so that no page of the web can reach
             it under a name of its own; None for any.
     """
@@ -56,10 +59,11 @@ class Door:
         keys: Keys,
         limits: Limits,
         metrics: Metrics,
+        busy: Callable[[], float | None],
         hosts: Collection[str] | None,
     ) -> None:
         self.app, self.keys, self.limits, self.metrics = app, keys, limits, metrics
-        self.hosts, self._open = hosts, 0
+        self.busy, self.hosts, self._open = busy, hosts, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,6 +105,10 @@ class Door:
                 raise ApiError(
                     401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"}
                 )
+        if scope["path"] == PICTURES and scope["method"] == "POST":
+            seconds = self.busy()
+            if seconds is not None:
+                raise full(seconds)
 
     def _note(self, scope: Scope, visit: _Visit) -> None:
         facts = scope["state"]

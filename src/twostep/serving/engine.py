@@ -102,6 +102,14 @@ class Engine:
         """Pictures between two steps."""
         return sum(len(cohort.jobs) for cohort in list(self._between.values()))
 
+    def busy(self) -> float | None:
+        """Seconds after which to come back if the line is full; None if there is room."""
+        if len(self._waiting) < self.line:
+            return None
+        with self._wake:
+            self._drop_gone()
+            return None if len(self._waiting) < self.line else self._patience()
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Puts all of `jobs` in line, or none.
 
@@ -119,9 +127,13 @@ class Engine:
             if len(self._waiting) + len(jobs) > self.line:
                 self._drop_gone()
             if len(self._waiting) + len(jobs) > self.line:
-                raise FullError(max(1.0, self._seconds * len(self._waiting) / 2))
+                raise FullError(self._patience())
             self._waiting.extend(jobs)
             self._wake.notify_all()
+
+    def _patience(self) -> float:
+        """Until about half of the line is gone."""
+        return max(1.0, self._seconds * len(self._waiting) / 2)
 
     def close(self, timeout: float = 30.0) -> None:
         """Takes no more, finishes what it has, at most for `timeout` seconds, and ends."""

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 
 from twostep.serving.catalogue import Catalogue
 from twostep.serving.clients import EventStream, read_body, while_there
+from twostep.serving.door import PICTURES
 from twostep.serving.engine import Engine
 from twostep.serving.errors import ApiError, failed
 from twostep.serving.jobs import Finished, Pixels, Preview
@@ -38,7 +39,7 @@ def images_api(
     router = APIRouter()
 
     @router.post(
-        "/v1/images/generations",
+        PICTURES,
         openapi_extra={"requestBody": {"required": True, "content": _BODY}},
     )
     async def generate(request: Request) -> Response:

@@ -210,8 +210,7 @@ def _has_manifest(spec: CacheSpec) -> bool:
     """Whether the cache was finished, for this very recipe."""
     path = spec.folder / "manifest.json"
     try:
-        spec.store.refresh(path)
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8")) if spec.store.refresh(path) else {}
         return bool(manifest["fingerprint"] == spec.fingerprint)
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -136,18 +136,20 @@ class TeacherCache:
             paths = {place: shard_files(self.spec.folder, place)[0] for place in places}
             self.spec.store.ahead({p: self._record(i)["sha256"] for i, p in paths.items()})
 
-    @property
-    def shards_at_once(self) -> int | None:
-        """How many files samples may be drawn from at a time; None: all of them.
+    def files_at_once(self) -> tuple[np.ndarray, int] | None:
+        """Each sample's file, by id, and from how many samples may be drawn at a time.
 
-        Fewer where not all have room. A quarter of the room: two purposes read at a time, and the
-        next group comes while the last is read.
+        None where all have room. Otherwise a quarter of the room: two purposes read at a time, and
+        the next group comes while the last is read.
         """
-        room, sizes = (
-            self.spec.store.room,
-            [self._record(shard.index)["bytes"] for shard in self.spec.shards],
-        )
-        return None if room is None or sum(sizes) <= room else max(1, room // (4 * max(sizes)))
+        if self.spec.store.room is None:
+            return None
+        room, shards = self.spec.store.room, self.spec.shards
+        sizes = [self._record(shard.index)["bytes"] for shard in shards]
+        if sum(sizes) <= room:
+            return None
+        file_of = np.repeat(np.arange(len(shards)), [shard.count for shard in shards])
+        return file_of, max(1, room // (4 * max(sizes)))
 
     def _shard_of(self, sample: int) -> Shard:
         return self.spec.shards[bisect_right(self._firsts, sample) - 1]

@@ -14,7 +14,8 @@ from twostep.errors import RecipeError
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
-from twostep.recipe.schema import Recipe, Size
+from twostep.recipe.fields import Size
+from twostep.recipe.schema import Recipe
 from twostep.runtime.randomness import Stream, torch_seed
 
 VERSION = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class ObjectStore(Store):
         self._fs, self._root = open_location(self.url)
         self._good: set[str] = set()  # copies that this process has looked at
         self._threads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="shards")
-        self._coming: set[Path] = set()
+        self._coming: dict[Path, Future[Path]] = {}
 
     def shown(self, path: Path) -> str:
         return f"{self.url}/{path.name}"
@@ -123,6 +123,12 @@ class ObjectStore(Store):
         self._make_room(path)
 
     def fetch(self, path: Path, sha256: str | None = None) -> Path:
+        coming = self._coming.pop(path, None)
+        if coming is not None and not coming.cancel():
+            wait([coming])  # what went wrong is told below
+        return self._bring(path, sha256)
+
+    def _bring(self, path: Path, sha256: str | None) -> Path:
         from filelock import FileLock
 
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,16 +148,9 @@ class ObjectStore(Store):
 
     def ahead(self, wanted: Mapping[Path, str]) -> None:
         for path, sha256 in wanted.items():
-            if path not in self._coming and not path.exists():
-                self._coming.add(path)
-                self._threads.submit(self._fetch_ahead, path, sha256)
-
-    def _fetch_ahead(self, path: Path, sha256: str) -> None:
-        try:
-            with suppress(CacheError):  # told where the file is read
-                self.fetch(path, sha256)
-        finally:
-            self._coming.discard(path)
+            coming = self._coming.get(path)
+            if (coming is None or coming.done()) and not path.exists():
+                self._coming[path] = self._threads.submit(self._bring, path, sha256)
 
     def _is_good(self, path: Path, sha256: str | None) -> bool:
         """Whether a copy is there and, where it is looked at first, the right one."""

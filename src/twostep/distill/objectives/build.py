@@ -131,7 +131,7 @@ def _full(recipe: Recipe, folder: ModelFolder, model: Any, *, trainable: bool) -
         compile_blocks(folder.family.blocks(model))
     elif recipe.training.compile:
         allow_graphs()
-        velocity = torch.compile(model, fullgraph=True, dynamic=False)
+        velocity = torch.compile(model, fullgraph=True)
     return Role.full(model, trainable=trainable, velocity=velocity)
 
 

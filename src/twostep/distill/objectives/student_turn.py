@@ -108,7 +108,7 @@ class StudentTurn:
             rollout = self.rollout(noise, batch.prompts, draws)
             level = self._level(batch, draws)
             for name, clean in zip(STEP_NAMES, (rollout.clean1, rollout.clean2), strict=True):
-                value, look = self._judge(name, clean, batch, draws, level, logged)
+                value, look = self._judge(name, clean, batch, draws, level=level, logged=logged)
                 total = total + value
                 samples[name] = Sample(clean.detach(), None if look is None else look.detach())
             logged["latents/mean"] = rollout.clean2.detach().mean()
@@ -131,6 +131,7 @@ class StudentTurn:
         clean: Tensor,
         batch: Batch,
         draws: Draws,
+        *,
         level: Level | None,
         logged: dict[str, Tensor],
     ) -> tuple[Tensor, Look | None]:
