@@ -36,7 +36,9 @@ from twostep.runtime.signals import catch_signals
 class Interrupted(UserError):
     """SIGTERM or Ctrl-C; the state has been saved."""
 
-    exit_code = 130
+    def __init__(self, message: str, *, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Trainer:
@@ -184,9 +186,11 @@ class Trainer:
                 self.folder.checkpoints, settings.keep_checkpoints, self.world, background=beside
             )
         if signalled:
+            where = f"at turn {turn}" if turn > 0 or not fitting else "while the score was fitted"
             raise Interrupted(
-                f"stopped by {caught[0] if caught else 'another process'} at turn {turn}; "
-                "state saved. Run it again to go on"
+                exit_code=143 if "SIGTERM" in caught else 130,
+                message=f"stopped by {caught[0] if caught else 'another process'} {where}; "
+                "state saved. Run it again to go on",
             )
 
     @contextmanager

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -19,11 +20,11 @@ from twostep.evaluation.latency import measure_latency
 from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.report.page import Pair, write_report
 from twostep.evaluation.report.words import verdict
-from twostep.evaluation.scorers import load_scorer
+from twostep.evaluation.scorers import check_scorer, load_scorer
 from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
-from twostep.runtime.files import write_json
+from twostep.runtime.files import make_folder, write_json
 from twostep.runtime.images import pictures_at_once
 from twostep.runtime.processes import Share, beat, end_beats, wait_for
 from twostep.runtime.progress import progress_bar
@@ -120,8 +121,17 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     Raises:
         ExtractorError, ScorerError, ModelError: before any image is made.
     """
+    for name in request.scores:
+        check_scorer(name, scenes=request.prompts.scenes is not None)
+    for entry in request.entries:
+        folder_of = ModelFolder.open(entry.model)
+        folder_of.latent_shape(request.size)
+        folder_of.count_steps(entry.steps)
+    make_folder(folder)
     extractors = [load_extractor(name) for name in request.features]
     scorers = [load_scorer(name) for name in request.scores]
+    for score in scorers:  # on a grey picture: one that fails should do so now
+        score(torch.zeros(1, 3, *request.size), request.prompts.first())
     prompts, others = request.prompts, request.teacher.as_reference()
     memory = request.options.memory
     stores = [

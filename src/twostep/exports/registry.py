@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from twostep.errors import ExportError
 from twostep.exports.card import origin_of, student_card
 from twostep.exports.comfyui import export_comfyui
@@ -61,9 +64,35 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     folder = ModelFolder.open(student)
     folder.check_full_student("model")
     check_free(out)
+    _check_options(folder, target, options or ExportOptions())
     options = replace(options or ExportOptions(), name=out.name)
     with new_folder(out) as temporary:
         return FORMATS[target](folder, temporary, options)
+
+
+def _check_options(student: ModelFolder, target: str, options: ExportOptions) -> None:
+    """What would fail only after the weights are read."""
+    if target not in ("lora", "torch"):
+        return
+    student.latent_shape(options.size)
+    if target == "torch":
+        most = student.family.caption_tokens(student.architecture)
+        if options.caption_tokens > most:
+            raise ExportError(
+                f"caption_tokens: must be at most {most} for this model, "
+                f"got {options.caption_tokens}"
+            )
+        return
+    if options.energy is not None and not 0 < options.energy <= 1:
+        raise ExportError(f"energy: must be above 0 and at most 1, got {options.energy}")
+    skeleton = student.family.without_weights(student.base, "transformer", torch.float32)
+    layers = [m for m in skeleton.modules() if isinstance(m, nn.Linear)]
+    most = max(min(layer.in_features, layer.out_features) for layer in layers)
+    if options.rank > most:
+        raise ExportError(
+            f"rank: must be at most {most}, the largest rank that a matrix of this model can have, "
+            f"got {options.rank}"
+        )
 
 
 def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from twostep.errors import InputError
-from twostep.inference.generate import check_prompts, open_model
+from twostep.inference.generate import check_prompts, check_seeds, open_model
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.runtime.files import make_folder, write_atomically
@@ -38,6 +38,7 @@ def compare(
         InputError, ModelError: for what cannot be used.
     """
     check_prompts(prompts)
+    check_seeds(seed, count)
     if out.suffix != ".png":
         raise InputError(f"out: expected a .png file, got {out}")
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(count)]

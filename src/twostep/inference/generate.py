@@ -32,6 +32,12 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise InputError("prompt: must not be empty")
 
 
+def check_seeds(first: int, count: int) -> None:
+    """Raises InputError unless all of the seeds fit into 63 bits."""
+    if not 0 <= first <= 2**63 - count:
+        raise InputError(f"seed: {count} seeds from {first} leave 0..2^63 - 1")
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture on disk.
@@ -62,7 +68,9 @@ class Picture:
         }
         if self.preview is not None:
             record["preview"] = str(self.preview)
-        return json.dumps(record, ensure_ascii=False)
+        # Every script as it is; what could steer a terminal, escaped as JSON does.
+        text = json.dumps(record, ensure_ascii=False)
+        return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def open_model(
@@ -148,6 +156,7 @@ def generate(request: PictureRequest, out: Path) -> Iterator[Picture]:
         InputError, ModelError: before any picture is made.
     """
     check_prompts(request.prompts)
+    check_seeds(request.seed, request.count)
     folder = open_model(request.model, size=request.size, steps=request.steps, loras=request.loras)
     if request.preview:
         folder.check_student("preview")
