@@ -2,7 +2,7 @@
 
 python benchmarks/rehearsal.py                                  # Z-Image Turbo's size, on a CPU
 python benchmarks/rehearsal.py --layers 8 --text-layers 8       # its width with fewer layers
-python benchmarks/rehearsal.py --device cuda                    # one 80 GB GPU, 1024 pixels
+python benchmarks/rehearsal.py --device cuda --timing           # one 80 GB GPU, 1024 pixels
 python benchmarks/rehearsal.py --scale small --out runs/small   # a minute's test of the script
 
 Nothing is downloaded. Each command runs in a process of its own; inside, the stages are measured
@@ -50,7 +50,7 @@ def recipe_for(scale: Scale, *, device: str, depth: int, model: Path, out: Path)
         "teacher": {"model": str(model), "steps": 8, "dtype": "bfloat16"},
         "score": {"fit_turns": 2},
         "data": {
-            "prompts": "parti", "prompt_count": 32 if gpu else 8,
+            "prompts": "parti", "prompt_count": 8,
             "height": size, "width": size, "samples_per_file": 8, "cache": str(out / "cache"),
         },
         "student": {
@@ -91,7 +91,7 @@ class Rehearsal:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid:
                 break
-            if until is not None and not killed and any(until.glob("*-*/state.json")):
+            if until is not None and not killed and any(until.glob("[ft]*-*/state.json")):
                 os.kill(child.pid, signal.SIGKILL)
                 killed = True
             time.sleep(0.05)
@@ -121,7 +121,7 @@ class Rehearsal:
 
 
 def compare(plan: dict[str, Any], commands: list[dict[str, Any]], device: str) -> list[dict]:
-    """By stage, what the plan says and what was measured; bytes.
+    """By stage, what the plan says and what was measured: bytes, and the best time of a call.
 
     On a CPU the plan is that of device and host together with the interpreter's own.
     """
@@ -133,14 +133,25 @@ def compare(plan: dict[str, Any], commands: list[dict[str, Any]], device: str) -
     for command in commands:
         for stage in command["stages"]:
             name = stage["name"]
-            if name not in planned:
+            if name not in planned:  # a timing, or what the plan leaves out
                 continue
             row = rows.setdefault(
                 name, {"name": name, "planned": planned[name], "measured": 0, "seconds": 0.0}
             )
             row["measured"] = max(row["measured"], stage["peak_bytes"])
-            row["seconds"] = max(row["seconds"], stage["seconds"])
-    return [row | {"ratio": row["measured"] / row["planned"]} for row in rows.values()]
+            row["seconds"] = min(row["seconds"] or stage["seconds"], stage["seconds"])
+    rate = _matrix_rate(commands)
+    for name, row in rows.items():
+        row["ratio"] = row["measured"] / row["planned"]
+        turn = name.removesuffix(" turn").replace("score fit", "score")
+        if rate is not None and turn in plan["flops"]:
+            row["share_of_matrix_rate"] = plan["flops"][turn] / row["seconds"] / rate
+    return list(rows.values())
+
+
+def _matrix_rate(commands: list[dict[str, Any]]) -> float | None:
+    stages = [stage for command in commands for stage in command["stages"]]
+    return next((s["operations_per_second"] for s in stages if s["name"] == "matrix rate"), None)
 
 
 def main(
@@ -150,7 +161,11 @@ def main(
         int | None, typer.Option(help="of the transformer, fewer than it has")
     ] = None,
     text_layers: Annotated[int | None, typer.Option(help="of the text encoder")] = None,
-    lora: Annotated[bool, typer.Option(help="export to LoRA, too: hours of SVD on a CPU")] = False,
+    prompts: Annotated[int, typer.Option(help="that the teacher paints")] = 8,
+    teacher_steps: Annotated[int, typer.Option(help="fewer for a slow CPU")] = 8,
+    timing: Annotated[
+        bool, typer.Option(help="also rates, 8 against 2 steps, int8, the largest batch: for a GPU")
+    ] = False,
     keep: Annotated[bool, typer.Option(help="leave the folder of weights there")] = False,
     out: Annotated[Path, typer.Option(help="for weights, runs and results")] = Path(
         "/tmp/twostep-rehearsal"
@@ -177,6 +192,7 @@ def main(
     settings = recipe_for(
         "small" if small else "real", device=device, depth=depth, model=model, out=out
     )
+    settings["data"]["prompt_count"], settings["teacher"]["steps"] = prompts, teacher_steps
     recipe.write_text(yaml.safe_dump(settings))
     rehearsal = Rehearsal(out, facts)
     size = str(settings["data"]["height"])
@@ -194,17 +210,15 @@ def main(
         "export-comfyui", "export", "--model", student, "--to", "comfyui",
         "--out", str(out / "comfy"),
     )  # fmt: skip
-    if lora or small or device == "cuda":
-        rehearsal.run(
-            "export-lora", "export", "--model", student, "--to", "lora", "--teacher", str(model),
-            "--rank", "8", "--out", str(out / "lora"),
-        )  # fmt: skip
+    rehearsal.run(
+        "export-lora", "export", "--model", student, "--to", "lora", "--out", str(out / "lora")
+    )
     rehearsal.run(
         "generate-int8", "generate", "--model", student, "--memory", "int8", "--size", size,
         "--device", device, "--out", str(out / "pictures"), "a red fox in the snow",
     )  # fmt: skip
-    if device == "cuda":
-        rehearsal.run("gpu", "--gpu", str(recipe), student)
+    if timing:
+        rehearsal.run("timing", "--time", str(model), student, size, device)
     rows = compare(plan, rehearsal.commands, device)
     rehearsal.write(stages=rows, seconds=time.monotonic() - started)
     for row in rows:

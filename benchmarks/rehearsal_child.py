@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -14,8 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from transformers import AutoModel
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _EVERY = Path("/proc/self/status"), 0.02
+
+
+class Allocated:
+    """The most memory that this process allocated, looked at fifty times a second.
+
+    Without pages of mapped files, which the system takes back when it needs them.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def now(self) -> int:
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(fields["RssAnon"].split()[0]) * 1024
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, self.now())
+            time.sleep(_EVERY)
+
+
+_ALLOCATED = Allocated()
 
 
 def reset_peak() -> None:
@@ -24,16 +50,32 @@ def reset_peak() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
-        _CLEAR.write_text("5")
+        _ALLOCATED.peak = _ALLOCATED.now()
 
 
 def peak_bytes() -> int:
-    """Of the GPU's allocator, or resident memory where there is none."""
+    """Of the GPU's allocator, or of the process where there is none."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
+    return max(_ALLOCATED.peak, _ALLOCATED.now())
+
+
+def copy_weights_out_of_files() -> None:
+    """On a CPU weights stay in the files that they are mapped from; a GPU has a copy of them."""
+    for kind in (AutoModel, AutoencoderKL, ZImageTransformer2DModel):
+        kind.from_pretrained = _copying(kind.from_pretrained)
+
+
+def _copying(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model
+
+    return call
 
 
 def measured(owner: Any, attribute: str, stage: str, out: Path) -> None:
@@ -103,13 +145,16 @@ def measure_command(name: str, run: Callable[[], Any], out: Path) -> None:
 
 def main() -> None:
     out, arguments = Path(sys.argv[1]), sys.argv[2:]
-    if arguments[0] == "--gpu":
-        from rehearsal_gpu import time_on_gpu
+    if arguments[0] == "--time":
+        from rehearsal_timing import time_all
 
-        time_on_gpu(Path(arguments[1]), arguments[2], out)
+        teacher, student, size, device = arguments[1:]
+        time_all(teacher, student, size=int(size), device=device, out=out)
         return
     from twostep.cli import app
 
+    if not torch.cuda.is_available():
+        copy_weights_out_of_files()
     if arguments[0] in ("teach", "distill"):
         measure_stages(out)
     names = (

@@ -168,6 +168,16 @@ def flood(server: Process, prompts: list[str], *, rate: float, seconds: float) -
     }
 
 
+def soak(server: Process, prompts: list[str], *, seconds: float, parts: int = 4) -> dict[str, Any]:
+    """Memory over a longer load with previews, every prompt encoded before."""
+    memory, made = [server.memory()], 0
+    for _ in range(parts):
+        load = {"clients": 8, "seconds": seconds / parts, "preview": True}
+        made += closed(server, prompts, **load)["pictures"]
+        memory.append(server.memory())
+    return {"seconds": seconds, "pictures": made, "memory": memory}
+
+
 async def misbehaving(server: Process, prompts: list[str], seconds: float) -> dict[str, Any]:
     """One good client beside slow and vanishing ones."""
     good, *_ = await asyncio.gather(
@@ -253,6 +263,7 @@ def main(
             capacity = closed(server, prompts, **load)["rate"]
             best[name] = opened(server, prompts, rate=share * capacity, seconds=2 * seconds)
             best[name]["asked_rate"] = share * capacity
+        soaked = soak(server, prompts, seconds=12 * seconds)
         best["flood"] = flood(server, prompts, rate=20 * capacity, seconds=seconds)
         best["misbehaving"] = asyncio.run(misbehaving(server, prompts, seconds))
     with running(theirs) as server:
@@ -272,6 +283,7 @@ def main(
         "seconds": seconds,
         "rounds": rounds,
         "cases": best,
+        "soak": soaked,
         "faults": found_faults | {"exit_code": ended},
     }
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -36,9 +36,11 @@ class Served:
                         self.url = self.lines[-1]["url"]
                         ready.set()
 
-        self.reading = threading.Thread(target=read)
+        self.reading = threading.Thread(target=read, daemon=True)
         self.reading.start()
-        assert ready.wait(60)
+        if not ready.wait(180):  # a machine with much other work loads torch for a minute
+            self.process.kill()
+            raise AssertionError(f"not ready in time: {self.lines}")
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=30)

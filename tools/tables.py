@@ -162,6 +162,40 @@ def kinds_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+STYLE = {
+    "teacher_8": "teacher, 8 steps",
+    "painted": "its pictures with a painted frame, through the VAE",
+    "tuned_8": "teacher and LoRA, 8 steps",
+    "tuned_2": "teacher and LoRA, 2 steps, untrained",
+    "student_2": "student of teacher and LoRA, 2 steps",
+    "shipped_2": "shipped student (no LoRA), 2 steps",
+}
+
+
+def style_table(results: dict[str, Any]) -> str:
+    """One row per model of studies/style/run.py."""
+    lines = [
+        "| | brightness of the frame | less teacher and LoRA at 8 steps | accuracy |",
+        "|---|---|---|---|",
+    ]
+    for key, name in STYLE.items():
+        cells = [
+            f"{results['models'][key][figure]['mean']:.3f} ± "
+            f"{results['models'][key][figure]['interval']:.3f}"
+            for figure in ("frame", "from_tuned", "accuracy")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    run = results["distillation"]
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; {results['held_out']} held-out prompts, ± half of a 95% interval over "
+        f"them. LoRA of rank {results['lora']['rank']}, {results['lora']['turns']} turns; "
+        f"{run['turns']} turns of the student in {run['minutes']:g} minutes on {run['prompts']} "
+        f"prompts, after {run['score_turns']} of the score."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def serve_tables(results: dict[str, Any]) -> str:
     """Closed and open load of benchmarks/serve.py, then its faults."""
     cases, batch = results["cases"], results["batch"]
@@ -197,6 +231,9 @@ def serve_tables(results: dict[str, Any]) -> str:
         case = cases[f"open {share}"]
         row(f"by chance, {case['asked_rate']:.1f} requests/s", case)
     flood, beside, faults = cases["flood"], cases["misbehaving"], results["faults"]
+    soak = results["soak"]
+    first, *later = soak["memory"]
+    changes = [f"{(memory - first) / 2**20:+.1f}" for memory in later]
     grown = (flood["memory_after"] - flood["memory_before"]) / 2**20
     answered = ", ".join(f"{count} of {status}" for status, count in faults["fuzzed"].items())
     note = (
@@ -215,9 +252,29 @@ def serve_tables(results: dict[str, Any]) -> str:
         f"one good client has {beside['rate']:.1f} pictures/s (p95 {beside['latency']['p95']:.0f} "
         f"ms). **200 fuzzed bodies**: {answered}; {faults['oversized'].get('413', 0)} of 20 "
         f"oversized ones 413, {faults['wrong_key'].get('401', 0)} of 50 wrong keys 401; after them "
-        f"it serves on, and ends with exit code {faults['exit_code']}."
+        f"it serves on, and ends with exit code {faults['exit_code']}. "
+        f"**{soak['seconds']:.0f} s of 8 clients with previews** ({soak['pictures']} pictures) "
+        f"change its memory of {first / 2**20:.0f} MiB by {', '.join(changes)} MiB, read after "
+        "each quarter."
     )
     return "\n".join([*lines, "", note, "", beside_it])
+
+
+def rehearsal_table(results: dict[str, Any]) -> str:
+    """One row per stage of benchmarks/rehearsal.py: planned and measured."""
+    lines = ["| stage | planned, GiB | measured, GiB | ratio | seconds |", "|---|---|---|---|---|"]
+    for stage in results["stages"]:
+        lines.append(
+            f"| {stage['name']} | {stage['planned'] / 2**30:.2f} | {stage['measured'] / 2**30:.2f} "
+            f"| {stage['ratio']:.2f} | {stage['seconds']:.1f} |"
+        )
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; {results['layers']} layers of the transformer's width, the folder of "
+        f"{results['folder_bytes'] / 1e9:.1f} GB written in {results['folder_seconds']:.0f} s. "
+        "On a CPU both are resident memory, the interpreter's included."
+    )
+    return "\n".join([*lines, "", note])
 
 
 MEMORY = DOCS / "results" / "memory.json"
@@ -233,6 +290,7 @@ TABLES = {
     "kinds": (INFERENCE, MEMORY, kinds_table),
     "serve": (DOCS / "serving.md", DOCS / "results" / "serve.json", serve_tables),
     "student": (RESULTS, DOCS / "results" / "emoji-student.json", student_table),
+    "style": (DOCS / "z-image.md", DOCS / "results" / "style.json", style_table),
     "study": (RESULTS, ABLATION, study_facts),
     **{
         name: (RESULTS, ABLATION, partial(study_table, table=name))

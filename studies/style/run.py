@@ -23,14 +23,13 @@ from twostep.data.prompts import load_prompts
 from twostep.distill.trainer import Trainer
 from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.scorers import load_scorer
-from twostep.exports.lora import LowRank, save_lora
 from twostep.families.family import PromptBatch
 from twostep.inference.sampler import Sampler
 from twostep.method.flow import add_noise, shift_sigma, velocity_target
 from twostep.method.rollout import seeded_noise
 from twostep.models.adapters import AdapterVelocity, SharedBackbone
 from twostep.models.folder import ModelFolder
-from twostep.models.lora_files import LoraFile
+from twostep.models.lora_files import LoraFile, save_lora
 from twostep.recipe.models import Student
 from twostep.recipe.schema import Recipe
 from twostep.runtime.files import write_json
@@ -89,7 +88,7 @@ def train_lora(folder: Path, *, pictures: int, turns: int) -> Path:
             weight = getattr(layer, side)["style"].weight.detach()
             matrices[f"{name}.{side}.weight"] = weight.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    return save_lora(LowRank(matrices, 1.0, 0.0), RANK, folder, "frame.safetensors")
+    return save_lora(matrices, RANK, folder, "frame.safetensors")
 
 
 def interval(values: Tensor) -> dict[str, float]:

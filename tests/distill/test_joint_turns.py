@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from runs import assert_same_run
 from twostep.data.cache.build import open_cache
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.trainer import Trainer
+from twostep.distill.update import Gradients
+from twostep.errors import RecipeError
 from twostep.method import losses
 from twostep.method.flow import add_noise
 from twostep.recipe.schema import Recipe
+from twostep.runtime.distributed import World
 
 Make = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -114,6 +118,18 @@ def test_half_of_the_rows_are_paired_and_the_fakes_learn_from_the_others(
     assert not any(torch.equal(a, b) for a, b in zip(noise[1::2], batch.noise[1::2], strict=True))
     assert torch.equal(followed[0], made.clean1[1::2])
     assert torch.equal(followed[1], made.clean2[1::2])
+
+
+def test_samples_that_cannot_be_halved_are_named(make_recipe: Make) -> None:
+    joint = {"joint_turns": True}
+    with pytest.raises(RecipeError, match="batch_size must be even with training"):
+        make_recipe(training=joint | {"batch_size": 5})
+    recipe = make_recipe(training=joint, distributed={"sharding": "shard"})
+    one_each = {"batches": None, "device": CPU, "computing": nullcontext}
+    world = World(CPU)
+    world.size = 4
+    with pytest.raises(RecipeError, match="4 gives each of 4 processes 1 samples"):
+        Gradients(recipe, rows=[slice(2, 3)], world=world, **one_each)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1, 2])

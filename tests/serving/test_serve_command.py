@@ -169,3 +169,9 @@ def good(keys: Path) -> Path:
 def test_models_are_named(text: str, name: str, model: str, steps: int | None) -> None:
     found = parse_choice(text)
     assert (found.name, found.model, found.steps) == (name, model, steps)
+
+
+def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "twostep.serving.app", None)
+    message = refused("--demo")
+    assert 'serve needs this package\'s extra "serve"' in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tiny import random_transformer
+from twostep.cli.serve import with_loras
 from twostep.errors import InputError, ModelError
 from twostep.exports.lora import export_lora
 from twostep.inference.sampler import Sampler
@@ -182,6 +184,39 @@ def test_two_lora_files_are_served_as_any_other(tiny_folder: Path, tmp_path: Pat
     expected = sampler.sample([spec.prompt for spec in group], noise).latents
     found = torch.stack([state.latents for state in through(models["l"], group)])
     assert_alike(found, expected)
+
+
+def test_lora_files_make_another_model_of_the_same_folder(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    save_student(
+        tiny_folder, random_transformer(1), random_transformer(2), schedule=Schedule(3.0, 0.75),
+        folder=other, dtype=torch.float32,
+    )  # fmt: skip
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    export_lora(ModelFolder.open(other), ModelFolder.open(tiny_folder), pair, rank=4)
+    file = pair / "first.safetensors"
+    plain, styled = with_loras(
+        [ModelChoice("t", str(tiny_folder), 1), ModelChoice("u", str(tiny_folder), 1)],
+        [f"u={file}:0.5"],
+    )
+    assert (plain.loras, len(styled.loras), styled.loras[0].scale) == ((), 1, 0.5)
+    offers = [opened.offer for opened in open_models([plain, styled], size=SIZE)]
+    assert offers[0].weights != offers[1].weights
+    models = load(plain, styled)
+    assert models["u"].sampler.encoder is models["t"].sampler.encoder
+    assert models["u"].sampler.decoder is models["t"].sampler.decoder
+    group = specs(2)
+    sampler = Sampler.load(ModelFolder.open(tiny_folder).with_loras(styled.loras))
+    noise = seeded_noise([spec.seed for spec in group], sampler.noise_shape(*SIZE))
+    expected = sampler.sample([spec.prompt for spec in group], noise, 1).latents
+    found = [torch.stack([s.latents for s in through(models[name], group)]) for name in "tu"]
+    assert_alike(found[1], expected)
+    assert float((found[0] - expected).abs().max()) > 0.01
+    with pytest.raises(InputError, match="no model 'x', there are: t, u"):
+        with_loras([plain, replace(styled, loras=())], [f"x={file}"])
 
 
 def test_a_batch_that_is_rounded_up_gives_the_same(student: Path) -> None:

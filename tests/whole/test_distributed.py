@@ -56,6 +56,10 @@ def distill(recipe: Recipe, processes: int, tmp_path: Path) -> None:
 
 
 SIZES = {"other_sizes": [[32, 64]], "caption_window": 2}
+JOINT = {
+    "critic": {"network": "score", "one_look": True},
+    "training": {"joint_turns": True},
+}
 LORA: dict[str, Any] = {"weights": "lora", "rank": 4, "backbone_dtype": "float32"}
 
 
@@ -70,9 +74,10 @@ LORA: dict[str, Any] = {"weights": "lora", "rank": 4, "backbone_dtype": "float32
         (4, {"steps": "decoupled"}, {"sharding": "shard", "shard_size": 2}, {}, {}),
         (2, LORA, {}, {"micro_batch": 1, "async_saves": True}, {}),
         (2, LORA, {}, {}, {"training": {"optimizer": "adafactor"}}),
+        (2, {"steps": "decoupled"}, {"sharding": "shard"}, {"micro_batch": 1}, JOINT),
     ],
     ids=["replicate-sizes", "shard-accumulate", "shard-shared-offload", "hsdp",
-         "lora-accumulate-async", "lora-adafactor"],
+         "lora-accumulate-async", "lora-adafactor", "shard-joint"],
 )  # fmt: skip
 def test_several_processes_equal_one(
     make_recipe: Make,

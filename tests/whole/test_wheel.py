@@ -27,7 +27,7 @@ DATA = {
     "data/prompt_sets/parti.tsv", "evaluation/report/report.html", "py.typed",
     "planning/configurations/z-image-turbo/transformer/config.json", "recipe/recipe.schema.json",
     "zoo/emoji-parts/tokenizer/tokenizer.json", "zoo/emoji-student/pipeline.py",
-    "zoo/inspector/inspector.safetensors", "zoo/recipes/z-image-turbo-full.yaml",
+    "serving/page/index.html", "serving/page/page.js", "zoo/inspector/inspector.safetensors", "zoo/recipes/z-image-turbo-full.yaml",
 }  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,8 @@ import typer
 
 from twostep.cli.arguments import (
     DeviceOption,
+    MemoryOption,
+    open_loras,
     parse_device,
     parse_memory,
     parse_model,
@@ -41,6 +45,12 @@ def serve(
         Path | None,
         typer.Option(help="a file of bearer keys, one a line; also the variable TWOSTEP_API_KEY"),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="[NAME=]FILE[:SCALE], a LoRA file on the model NAME, or on all; may be repeated"
+        ),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(help="pixels where a request names none: SIDE or WIDTHxHEIGHT (1024)"),
@@ -49,13 +59,11 @@ def serve(
     batch_wait: Annotated[
         float, typer.Option(min=0, help="milliseconds that a batch waits for more under load")
     ] = 4,
-    queue: Annotated[int, typer.Option(min=1, help="pictures that may wait; more get 429")] = 64,
+    queue: Annotated[int, typer.Option(min=10, help="pictures that may wait; more get 429")] = 64,
     deadline: Annotated[float, typer.Option(min=0.1, help="seconds for a request; then 504")] = 60,
     max_pixels: Annotated[int, typer.Option(min=1, help="of one picture")] = 2048 * 2048,
     max_prompt: Annotated[int, typer.Option(min=1, help="characters of a prompt")] = 4000,
-    memory: Annotated[
-        str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
-    ] = "plain",
+    memory: MemoryOption = "plain",
     decoder: Annotated[
         str | None,
         typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id"),
@@ -109,7 +117,7 @@ def serve(
         prompt_cache=prompt_cache, compiled=compiled, max_batch=max_batch,
     )  # fmt: skip
     opened = served_model.open_models(
-        [parse_choice(text) for text in (_DEMO if demo else model or [])],
+        with_loras([parse_choice(text) for text in (_DEMO if demo else model or [])], lora or ()),
         size=None if size is None else parse_size(size),
     )
     run(
@@ -135,3 +143,26 @@ def parse_choice(text: str) -> ModelChoice:
         name = Path(folder.removeprefix("zoo:")).name
         name = name if steps is None else f"{name}@{steps}"
     return ModelChoice(name, folder, steps)
+
+
+def with_loras(choices: Sequence[ModelChoice], texts: Sequence[str]) -> list[ModelChoice]:
+    """The models with the LoRA files of "[NAME=]FILE[:SCALE]".
+
+    Raises:
+        InputError, ModelError: for a name that no model has, or a file that cannot be used.
+    """
+    found = list(choices)
+    for text in texts:
+        match = re.fullmatch(r"([\w.@-]+)=(.+)", text, flags=re.S)
+        name, file = (match[1], match[2]) if match else (None, text)
+        if name is not None and name not in [choice.name for choice in choices]:
+            known = ", ".join(choice.name for choice in choices)
+            raise InputError(f"--lora: no model {name!r}, there are: {known}")
+        loras = tuple(open_loras([file]))
+        found = [
+            replace(choice, loras=(*choice.loras, *loras))
+            if name in (None, choice.name)
+            else choice
+            for choice in found
+        ]
+    return found

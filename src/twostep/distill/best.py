@@ -13,7 +13,7 @@ from twostep.distill.checkpoint import TrainingState
 from twostep.distill.objectives.roles import Roles
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.tensor_files import load_tensors, save_folder
-from twostep.models.student import write_student
+from twostep.models.student import write_lora_pair, write_student
 from twostep.models.transformer import whole_transformer
 from twostep.runtime.distributed import World
 
@@ -34,18 +34,34 @@ class BestStudent:
             save_folder(self._average(), self.folder.best, self.world)
 
     def export(self, spec: CacheSpec) -> Path:
-        """Writes the best one as a diffusers folder and returns it."""
+        """Writes the best one and returns its folder: adapters as they are, full sets whole.
+
+        Adapters on a teacher with LoRA files of its own are merged into whole sets, too, since a
+        pair of files belongs to a model that others have.
+        """
         load_tensors(self._average(), self.folder.best)
         with self.state.ema.applied():
-            steps = self._steps()
-            if self.world.is_first:
-                write_student(
-                    spec.teacher.base, steps, schedule=spec.schedule, folder=self.folder.student
+            if self.roles.first.lora is None or spec.teacher.loras:
+                self._write_whole(spec)
+            elif self.world.is_first:
+                steps = (self.roles.first, self.roles.second)
+                write_lora_pair(
+                    self.folder.student,
+                    [role.lora() for role in steps if role.lora is not None],
+                    teacher=spec.teacher.lasting_name,
+                    schedule=spec.schedule,
                 )
-            for _ in steps:  # the others only help to put it together
-                pass
         self.world.wait()
         return self.folder.student
+
+    def _write_whole(self, spec: CacheSpec) -> None:
+        steps = self._steps()
+        if self.world.is_first:
+            write_student(
+                spec.teacher.base, steps, schedule=spec.schedule, folder=self.folder.student
+            )
+        for _ in steps:  # the others only help to put it together
+            pass
 
     def _steps(self) -> Iterator[Any]:
         """Each step's transformer, put together when its turn comes: one fills a host's memory."""

@@ -14,7 +14,7 @@ from twostep.distill.checkpoint import Progress, TrainingState
 from twostep.distill.objectives.batch import Batch, Turn
 from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.roles import Roles
-from twostep.errors import UserError
+from twostep.errors import RecipeError, UserError
 from twostep.recipe.schema import Recipe
 from twostep.runtime.distributed import World, gathered
 
@@ -47,6 +47,17 @@ class Gradients:
     world: World
     device: torch.device
     computing: Callable[[], AbstractContextManager[None]]
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError if processes that share weights would not run the same forwards."""
+        recipe, own = self.recipe, sum(rows.stop - rows.start for rows in self.rows)
+        alternate = recipe.training.joint_turns and recipe.critic.paired
+        if alternate and recipe.distributed.sharding == "shard" and own % 2:
+            raise RecipeError(
+                f"training.batch_size: {recipe.training.batch_size} gives each of "
+                f"{self.world.size} processes {own} samples; with training.joint_turns, "
+                "critic.paired and distributed.sharding: shard it must be an even number"
+            )
 
     def __call__(
         self, compute: Callable[[Batch, Draws], Turn], number: int, *, purpose: str

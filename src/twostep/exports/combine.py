@@ -12,7 +12,7 @@ from twostep.errors import ExportError
 from twostep.models.folder import ModelFolder
 from twostep.models.foreign import check_folder
 from twostep.models.student import PARTS, check_free, save_student
-from twostep.models.transformer import stored_transformer, transformer_with
+from twostep.models.transformer import stored_transformer, stored_with_lora, transformer_with
 
 
 def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
@@ -38,11 +38,7 @@ def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
 def _part(teacher: ModelFolder, name: str) -> Any:
     path = Path(name)
     if path.suffix == ".safetensors" and path.is_file():
-        model = teacher.stored_transformer("transformer")
-        model.load_lora_adapter(str(path), prefix="transformer", adapter_name="step")
-        model.fuse_lora()
-        model.unload_lora()
-        return model
+        return stored_with_lora(teacher.base, "transformer", teacher.family.transformer, path)
     if (path / "config.json").is_file():
         check_folder(path)
         return stored_transformer(path, None, teacher.family.transformer)
@@ -63,7 +59,7 @@ def average(students: Sequence[str], *, out: Path) -> None:
         raise ExportError(f"students: a mean needs two at least, got {len(students)}")
     folders = [ModelFolder.open(student) for student in students]
     for folder in folders:
-        folder.check_full_student("students")
+        folder.check_student("students")
     kinds = [_kind(folder) for folder in folders]
     for folder, kind in zip(folders, kinds, strict=True):
         for name, value in kind.items():

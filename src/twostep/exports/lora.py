@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import ZImagePipeline
-from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from twostep.errors import ExportError
@@ -18,6 +17,7 @@ from twostep.exports.card import lora_card, origin_of
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import rank_of, save_lora
 from twostep.models.student import PARTS, STEPS, write_lora_index
 from twostep.runtime.files import write_text
 
@@ -31,11 +31,10 @@ def export_lora(
     energy: float | None = None,
     check: Sequence[str] = (),
     size: tuple[int, int] = (64, 64),
-    name: str | None = None,
 ) -> list[str]:
     """Writes two LoRA files, their index and a card; what they keep and lose, a line each.
 
-    Args: as `ExportOptions`; `name` is `out`'s if None.
+    Args: as `ExportOptions`.
 
     Raises:
         ExportError: for a student that is no LoRA on this teacher, or whose steps need code.
@@ -49,26 +48,50 @@ def export_lora(
     try:
         if energy is not None:
             rank = max(rank_for(base, model, energy) for model in models)
-        for step, model in zip(STEPS, models, strict=True):
+        for name, model in zip(STEPS, models, strict=True):
             found = low_rank_difference(base, model, rank)
-            path = save_lora(found, rank, out, f"{step}.safetensors")
+            path = save_lora(found.weights, rank, out, f"{name}.safetensors")
             lines.append(
                 f"{path.name}: rank {rank} keeps {100 * found.energy:.1f}% of the linear layers' "
                 f"change; {100 * found.rest:.2f}% as much lies in other parameters and is lost"
             )
     except ValueError as error:
         raise ExportError(str(error)) from error
-    named = str(teacher.path.resolve()) if Path(teacher.name).is_dir() else teacher.name
-    write_lora_index(out, teacher=named, schedule=schedule)
+    write_lora_index(out, teacher=teacher.lasting_name, schedule=schedule)
     if check:
         lines.append(_difference_in_pictures(student, ModelFolder.open(out), check, size))
+    _write_card(out, teacher, student, rank=rank, lines=lines)
+    return lines
+
+
+def copy_pair(student: ModelFolder, teacher: ModelFolder, out: Path) -> list[str]:
+    """Copies a student that is two LoRA files already, with a card.
+
+    Raises:
+        ExportError: if it belongs to another model, or its steps need code.
+    """
+    if student.base != teacher.base:
+        raise ExportError(f"teacher: {student.name} belongs to {student.base}, not {teacher.name}")
+    if student.schedule().transition != "euler":
+        raise ExportError("to: LoRA files have no code of their own; only euler transitions work")
+    out.mkdir(parents=True, exist_ok=True)
+    for step in STEPS:
+        shutil.copyfile(student.path / f"{step}.safetensors", out / f"{step}.safetensors")
+    rank = rank_of(load_file(out / f"{STEPS[0]}.safetensors"))
+    write_lora_index(out, teacher=teacher.lasting_name, schedule=student.schedule())
+    lines = [f"rank {rank}, the adapters as they were trained: nothing is lost"]
+    _write_card(out, teacher, student, rank=rank, lines=lines)
+    return lines
+
+
+def _write_card(
+    out: Path, teacher: ModelFolder, student: ModelFolder, *, rank: int, lines: Sequence[str]
+) -> None:
     # The card's script runs without this package, which alone knows the zoo.
     loaded = str(teacher.path) if teacher.name.startswith("zoo:") else teacher.name
-    card = lora_card(
-        name or out.name, loaded, schedule, rank=rank, facts=origin_of(student.path), lines=lines
-    )
+    facts = origin_of(student.path)
+    card = lora_card(out.name, loaded, student.schedule(), rank=rank, facts=facts, lines=lines)
     write_text(out / "README.md", card)
-    return lines
 
 
 def _difference_in_pictures(
@@ -168,25 +191,3 @@ def _changes(teacher: nn.Module, student: nn.Module) -> Iterator[tuple[str, Tens
     linear = {f"{n}.weight" for n, m in teacher.named_modules() if isinstance(m, nn.Linear)}
     for name, parameter in theirs.items():
         yield name, parameter.float() - ours[name].float(), name in linear
-
-
-def save_lora(found: LowRank, rank: int, folder: Path, name: str) -> Path:
-    """Writes a file that stock `load_lora_weights` reads, with its configuration as metadata."""
-    modules = sorted(k.removesuffix(".lora_A.weight") for k in found.weights if "lora_A" in k)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules).to_dict()
-    ZImagePipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=found.weights,
-        weight_name=name,
-        transformer_lora_adapter_metadata=_plain(config),
-    )
-    return folder / name
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON can hold of a PEFT configuration."""
-    return {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.items()
-        if isinstance(value, str | int | float | bool | list | set) or value is None
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,10 +12,10 @@ from torch import nn
 from twostep.errors import ExportError
 from twostep.exports.card import origin_of, student_card
 from twostep.exports.comfyui import export_comfyui
-from twostep.exports.lora import export_lora
+from twostep.exports.lora import copy_pair, export_lora
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
-from twostep.models.student import PARTS, check_free, save_student
+from twostep.models.student import PARTS, check_free, write_student
 from twostep.runtime.files import new_folder, write_text
 
 
@@ -30,7 +30,6 @@ class ExportOptions:
         check: for `lora`, prompts on which the files' pictures are compared with the student's.
         size: (height, width) in pixels, of those pictures and of a `torch` program's.
         batch_size, caption_tokens: what a `torch` program takes.
-        name: of the export, for its card.
     """
 
     teacher: str | None = None
@@ -40,7 +39,6 @@ class ExportOptions:
     size: tuple[int, int] = (64, 64)
     batch_size: int = 1
     caption_tokens: int = 64
-    name: str = "student"
 
 
 # (student, folder to write, options) -> what the user should know, a line each
@@ -62,10 +60,10 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     if target not in FORMATS:
         raise ExportError(f"to: {target!r} is unknown; allowed: {', '.join(FORMATS)}")
     folder = ModelFolder.open(student)
-    folder.check_full_student("model")
+    folder.check_student("model")
     check_free(out)
-    _check_options(folder, target, options or ExportOptions())
-    options = replace(options or ExportOptions(), name=out.name)
+    options = options or ExportOptions()
+    _check_options(folder, target, options)
     with new_folder(out) as temporary:
         return FORMATS[target](folder, temporary, options)
 
@@ -83,6 +81,8 @@ def _check_options(student: ModelFolder, target: str, options: ExportOptions) ->
                 f"got {options.caption_tokens}"
             )
         return
+    if student.kind == "lora_pair":  # copied as it is
+        return
     if options.energy is not None and not 0 < options.energy <= 1:
         raise ExportError(f"energy: must be above 0 and at most 1, got {options.energy}")
     skeleton = student.family.without_weights(student.base, "transformer", torch.float32)
@@ -96,23 +96,26 @@ def _check_options(student: ModelFolder, target: str, options: ExportOptions) ->
 
 
 def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    first, second = (student.stored_transformer(part) for part in PARTS)
     schedule = student.schedule()
-    save_student(student.base, first, second, schedule=schedule, folder=out, dtype=first.dtype)
-    card = student_card(options.name, schedule, origin_of(student.path))
+    steps = (student.stored_transformer(part) for part in PARTS)
+    write_student(student.base, steps, schedule=schedule, folder=out, dtype=None)
+    card = student_card(out.name, schedule, origin_of(student.path))
     write_text(out / "README.md", card)
     return []
 
 
 def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    if options.teacher is None:
+    own = student.check_student("model").teacher
+    named = options.teacher or own
+    if named is None:
         raise ExportError("teacher: LoRA files belong to a model; name it")
-    teacher = ModelFolder.open(options.teacher)
+    teacher = ModelFolder.open(named)
     teacher.check_teacher("teacher")
+    if own is not None:
+        return copy_pair(student, teacher, out)
     return export_lora(
         student, teacher, out,
         rank=options.rank, energy=options.energy, check=options.check, size=options.size,
-        name=options.name,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class AdapterSwitch:
         self.layers: dict[str, Any] = {
             key: layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
-        self.active: str | None = None
+        self.active: str | None = None  # nothing yet
         self.activate("")
 
     def activate(self, name: str) -> None:
@@ -161,6 +161,11 @@ class SharedBackbone(AdapterSwitch):
         """The adapter's parameters as a module of their own, for checkpoints."""
         parts = {key.replace(".", "/"): part for key, part in self._parts(name).items()}
         return nn.ModuleDict(parts)
+
+    def lora(self, name: str) -> dict[str, Tensor]:
+        """The adapter as a LoRA file holds it, fp32 on the CPU."""
+        state = {k: part.get_parameter("weight") for k, part in self._parts(name).items()}
+        return {f"{key}.weight": value.detach().cpu().clone() for key, value in state.items()}
 
     @torch.no_grad()
     def start(self, name: str, file: Path) -> None:

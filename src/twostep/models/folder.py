@@ -26,8 +26,8 @@ from twostep.models.locate import WEIGHTS, locate
 from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
-from twostep.models.student import PARTS, StudentIndex, read_json
-from twostep.models.transformer import stored_transformer
+from twostep.models.student import PARTS, STEPS, StudentIndex, read_json
+from twostep.models.transformer import stored_transformer, stored_with_lora
 from twostep.models.velocity import Velocity
 from twostep.runtime.devices import Placement
 from twostep.runtime.files import folder_fingerprint
@@ -177,6 +177,11 @@ class ModelFolder:
         return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
     @property
+    def lasting_name(self) -> str:
+        """A name for files that may be opened from elsewhere."""
+        return str(self.path.resolve()) if Path(self.name).is_dir() else self.name
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The transformers that lie in the folder, in the order of the steps."""
         return PARTS if self.kind == "student" else PARTS[:1]
@@ -204,8 +209,13 @@ class ModelFolder:
         return tuple(models)
 
     def stored_transformer(self, part: str) -> Any:
-        """A transformer as diffusers has it, its LoRA files added, in the dtype it is stored in."""
-        transformer = stored_transformer(self.base, part, self.family.transformer)
+        """A transformer as diffusers has it, in the dtype it is stored in, LoRA files merged."""
+        kind = self.family.transformer
+        if self.kind == "lora_pair":
+            file = self.path / f"{STEPS[PARTS.index(part)]}.safetensors"
+            transformer = stored_with_lora(self.base, "transformer", kind, file)
+        else:
+            transformer = stored_transformer(self.base, part, kind)
         self.add_loras(transformer)
         return transformer
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ZImagePipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -113,6 +114,38 @@ def _read_changes(
             name: (up.float(), down.float(), layers[name].scaling[layers[name].active_adapters[0]])
             for name, (up, down) in found.items()
         }
+
+
+def save_lora(weights: Mapping[str, Tensor], rank: int, folder: Path, name: str) -> Path:
+    """Writes a file that stock `load_lora_weights` reads, with its configuration as metadata.
+
+    Args:
+        weights: `MODULE.lora_A.weight` (rank, in) and `MODULE.lora_B.weight` (out, rank); alpha
+            equals the rank.
+    """
+    modules = sorted(k.removesuffix(_ENDS[0]) for k in weights if k.endswith(_ENDS[0]))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules).to_dict()
+    ZImagePipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=dict(weights),
+        weight_name=name,
+        transformer_lora_adapter_metadata=_plain(config),
+    )
+    return folder / name
+
+
+def rank_of(weights: Mapping[str, Tensor]) -> int:
+    """Of a LoRA file's matrices, which all have one rank."""
+    return next(value.shape[0] for key, value in weights.items() if key.endswith(_ENDS[0]))
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a PEFT configuration."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.items()
+        if isinstance(value, str | int | float | bool | list | set) or value is None
+    }
 
 
 @contextmanager

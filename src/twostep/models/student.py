@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twostep.errors import ExportError, ModelError
 from twostep.method.schedule import Schedule
 from twostep.models.foreign import read_object
+from twostep.models.lora_files import rank_of, save_lora
 from twostep.models.transformer import transformer_with
 from twostep.runtime.files import new_folder, write_json
 
@@ -127,7 +128,7 @@ def write_student(
     *,
     schedule: Schedule,
     folder: Path,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
 ) -> None:
     """Writes a student as a diffusers folder: the teacher's parts and two transformers.
 
@@ -136,6 +137,7 @@ def write_student(
         transformers: diffusers transformers of step 1 and step 2; not changed. The second is asked
             for when the first is written and let go.
         folder: replaced if it exists, at the very end.
+        dtype: of the weights; None: as they are.
 
     Raises:
         WriteError: if the disk refuses.
@@ -175,6 +177,26 @@ def _forget_places(path: Path) -> None:
     config = read_json(path)
     if config.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_lora_pair(
+    folder: Path,
+    pair: Sequence[Mapping[str, Tensor]],
+    *,
+    teacher: str,
+    schedule: Schedule,
+) -> None:
+    """Writes a student of two LoRA files.
+
+    Args:
+        folder: replaced if it exists, at the very end.
+        pair: each step's matrices, as `save_lora` takes them.
+        teacher: as in `StudentIndex`.
+    """
+    with new_folder(folder) as temporary:
+        for step, weights in zip(STEPS, pair, strict=True):
+            save_lora(weights, rank_of(weights), temporary, f"{step}.safetensors")
+        write_lora_index(temporary, teacher=teacher, schedule=schedule)
 
 
 def write_lora_index(folder: Path, *, teacher: str, schedule: Schedule) -> None:

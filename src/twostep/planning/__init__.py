@@ -1,4 +1,4 @@
-"""What a recipe or a model needs (memory, disk, operations), worked out on fake tensors.
+"""What a recipe or a model needs (memory, disk, operations), worked out on tensors of shapes alone.
 
-Runs the trainer's own turns and loads no weights; holds no formula that could drift.
+Runs the project's own code, stage by stage, and loads no weights; few formulas that could drift.
 """

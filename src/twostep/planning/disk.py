@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from twostep.data.cache.spec import recipe_schedule
 from twostep.exports.comfyui import to_comfyui
 from twostep.models.folder import ModelFolder
+from twostep.planning.roles import RolePlan
 from twostep.planning.teaching import text_encoder_of
 from twostep.planning.weightless import load_weightless, make_fake, vae_without_weights
 from twostep.recipe.schema import Recipe
@@ -48,6 +50,12 @@ def part_bytes(folder: ModelFolder, part: str) -> int:
         return sum(file.stat().st_size for file in files)
     model = vae_without_weights(folder) if part == "vae" else text_encoder_of(folder, STORED)
     return sum(p.numel() for p in model.parameters()) * STORED.itemsize
+
+
+def pair_bytes(held: Sequence[RolePlan]) -> int:
+    """A student of two adapters in fp32; one for both steps is written twice."""
+    steps = [role.parameters for role in held if role.name in ("first", "second")]
+    return 4 * 2 * sum(steps) // len(steps)
 
 
 def student_bytes(folder: ModelFolder) -> int:

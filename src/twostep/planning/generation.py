@@ -83,7 +83,7 @@ def generation_needs(
     folder = open_weightless(model)
     shape = (batch_size, *folder.space.shape(*size))
     width = folder.family.caption_width(folder.architecture)
-    # On the meta device first: what fake tensors begin as stays on its device.
+    # On the meta device first: what shapes alone begin as stays on its device.
     networks = [
         load_weightless(folder, "transformer", dtype) for _ in range(1 + (steps == "two_sets"))
     ]

@@ -30,6 +30,7 @@ class RunStages:
         fitting: gradients and optimizer states of the score, while it is fitted.
         checkpoint: on disk, of all processes.
         frozen: on disk: the fitted score, written once.
+        pair: of a student of two adapters, on disk; None for one of whole transformers.
     """
 
     recipe: Recipe
@@ -38,6 +39,7 @@ class RunStages:
     fitting: int
     checkpoint: int
     frozen: int
+    pair: int | None = None
 
     @property
     def weights(self) -> int:
@@ -87,7 +89,13 @@ class RunStages:
         )
 
     def end(self, folder: ModelFolder) -> Stage:
-        """The best student put together on the CPU, a transformer at a time, and written."""
+        """The best student, written: its adapters, or put together a transformer at a time."""
+        device = self.weights + self.states + self.average
+        on_disk = (
+            self.recipe.training.keep_checkpoints * self.checkpoint + self.average + self.frozen
+        )
+        if self.pair is not None:
+            return Stage("end of run", device, host=self.pair, disk=on_disk + self.pair)
         adapters = self.recipe.student.weights == "lora"
         dtype = torch.float32
         if adapters and self.recipe.student.backbone_dtype != "float32":
@@ -95,15 +103,7 @@ class RunStages:
         host = weight_bytes(load_weightless(folder, "transformer", dtype))
         if dtype is not STORED:
             host += host * STORED.itemsize // dtype.itemsize  # as it is written
-        on_disk = (
-            self.recipe.training.keep_checkpoints * self.checkpoint + self.average + self.frozen
-        )
-        return Stage(
-            "end of run",
-            self.weights + self.states + self.average,
-            host=host,
-            disk=on_disk + student_bytes(folder),
-        )
+        return Stage("end of run", device, host=host, disk=on_disk + student_bytes(folder))
 
 
 def checkpoint_bytes(held: Sequence[RolePlan], roles: Roles, shards: int) -> int:

@@ -41,7 +41,7 @@ class Needs:
         turns_of_a_student: how many of each turn one update of the student comes with.
         stages: of the run, in their order.
         reserved: bytes that the device (or the interpreter, on a CPU) needs for itself.
-        checkpoint: on disk.
+        checkpoint, pair: on disk; the latter of a student of two adapters, None for a whole one.
         micro_batch: samples at a time.
     """
 
@@ -53,6 +53,7 @@ class Needs:
     stages: list[Stage]
     reserved: int
     checkpoint: int
+    pair: int | None
     micro_batch: int
 
     @property

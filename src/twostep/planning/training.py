@@ -16,7 +16,7 @@ from twostep.distill.batches import divide_batch
 from twostep.distill.objectives.build import build_roles
 from twostep.distill.objectives.turns import Objectives
 from twostep.planning.checking import count_decoding, count_forward, count_validation
-from twostep.planning.disk import cache_bytes, comfyui_host_bytes, student_bytes
+from twostep.planning.disk import cache_bytes, comfyui_host_bytes, pair_bytes, student_bytes
 from twostep.planning.roles import fitting_bytes, plan_roles
 from twostep.planning.run import RunStages, checkpoint_bytes
 from twostep.planning.stages import Needs, Stage, TrainingPlan, largest
@@ -37,7 +37,7 @@ from twostep.runtime.shape_tensors import ShapesOnly
 
 # The CUDA context, cuBLAS workspaces and what the allocator cannot reuse; on a CPU the interpreter
 # and its libraries.
-_RESERVED_BYTES = {"cuda": 2 << 30, "cpu": 1 << 29}
+_RESERVED_BYTES = {"cuda": 2 << 30, "cpu": 3 << 27}
 # Told that one of the things to be counted is.
 Advance = Callable[[int], None]
 
@@ -65,7 +65,7 @@ def plan(
     memory = int(memory_gib * 2**30)
     folder = open_weightless(recipe.teacher.model)
     schedule = recipe_schedule(recipe, folder)
-    cache, student = cache_bytes(recipe, folder, prompt_tokens), student_bytes(folder)
+    cache, whole = cache_bytes(recipe, folder, prompt_tokens), student_bytes(folder)
     fitted, warmed = recipe.score.fit_turns > 0, recipe.losses.warmup_turns > 0
     counted = 2 + fitted + warmed + (recipe.training.joint_turns > 0) + 8
     with progress_bar("plan", counted) as advance:
@@ -76,7 +76,7 @@ def plan(
             teaching.append(sampling_stage(recipe, folder, schedule, prompt_tokens, disk=cache))
             advance(1)
             comfyui = comfyui_host_bytes(folder)
-        others = [Stage("export: comfyui", 0, host=comfyui, disk=student)]
+        others = [Stage("export: comfyui", 0, host=comfyui, disk=whole)]
         others += using_stages(recipe, prompt_tokens, _placement(recipe).dtype, advance=advance)
     seconds = None
     if tflops is not None:
@@ -91,7 +91,7 @@ def plan(
     return TrainingPlan(
         **vars(needs) | {"stages": stages},
         cache=cache,
-        student=student,
+        student=whole if needs.pair is None else needs.pair,
         processes=processes,
         memory=memory,
         seconds_per_1000_turns=seconds,
@@ -146,6 +146,8 @@ def measure(
     gathered = gathered_bytes(roles) if shards > 1 else 0
     fitting = fitting_bytes(recipe, roles, shards) if recipe.score.fit_turns else 0
     checkpoint = checkpoint_bytes(held, roles, shards)
+    adapters = recipe.student.weights == "lora" and not recipe.teacher.loras
+    pair = pair_bytes(held) if adapters else None
     run = RunStages(
         recipe,
         held,
@@ -153,6 +155,7 @@ def measure(
         fitting=fitting,
         checkpoint=checkpoint,
         frozen=4 * sum(p.numel() for p in roles.score.parameters()),
+        pair=pair,
     )
     stages = [
         *run.turns(runs),
@@ -169,6 +172,7 @@ def measure(
         stages=stages,
         reserved=_RESERVED_BYTES[_device_type(recipe)],
         checkpoint=checkpoint,
+        pair=pair,
         micro_batch=rows,
     )
 

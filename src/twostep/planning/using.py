@@ -10,7 +10,7 @@ import torch
 from twostep.evaluation.evaluate import EvaluationRequest
 from twostep.evaluation.image_store import PART
 from twostep.planning.checking import count_decoding
-from twostep.planning.generation import generation_needs
+from twostep.planning.generation import Steps, generation_needs
 from twostep.planning.stages import Stage
 from twostep.planning.weightless import CPU, open_weightless
 from twostep.recipe.schema import Recipe
@@ -28,9 +28,11 @@ def using_stages(
 ) -> list[Stage]:
     """`twostep generate`, a picture at a time, and `twostep evaluate`, a batch at a time."""
     size = (recipe.data.height, recipe.data.width)
+    adapters = recipe.student.weights == "lora" and not recipe.teacher.loras
+    steps: Steps = "lora" if adapters else "two_sets"
     needs = partial(
-        generation_needs, recipe.teacher.model, "two_sets", "plain", size,
-        prompt_tokens=prompt_tokens, dtype=dtype,
+        generation_needs, recipe.teacher.model, steps, "plain", size,
+        prompt_tokens=prompt_tokens, rank=recipe.student.rank, dtype=dtype,
     )  # fmt: skip
     one = needs()
     advance(2)

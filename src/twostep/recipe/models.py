@@ -132,7 +132,7 @@ class Student(Section):
     init: str | None = Field(
         None,
         description="a two-step student to start from, a folder or zoo:NAME; empty: the teacher. "
-        "For lora two LoRA files (twostep export --to lora) of no higher rank",
+        "For lora the two LoRA files of an earlier run, of no higher rank",
     )
     rank: Count = Field(64, description="for lora; alpha equals it")
     target_modules: str = Field(

@@ -54,6 +54,7 @@ def check(recipe: Recipe) -> None:
     _guidance_has_a_source(recipe)
     _lora_fits(recipe)
     _sharding_fits(recipe)
+    _pairs_fit(recipe)
     if recipe.training.best_by == "score" and not recipe.training.validation_scores:
         raise ValueError("training.best_by: score needs training.validation_scores")
     if recipe.losses.warmup_turns > recipe.training.turns:
@@ -150,6 +151,15 @@ def _sharding_fits(recipe: Recipe) -> None:
         raise ValueError(
             "distributed.sharding: shard is for full sets of weights; with "
             "student.weights: lora every process holds the one backbone"
+        )
+
+
+def _pairs_fit(recipe: Recipe) -> None:
+    settings = recipe.training
+    if settings.joint_turns and recipe.critic.paired and settings.batch_size % 2:
+        raise ValueError(
+            "training.batch_size must be even with training.joint_turns and critic.paired, which "
+            f"pairs every other sample; got {settings.batch_size}"
         )
 
 

@@ -123,19 +123,20 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes `folder`'s place once the block is through.
+    """A folder of the same name to fill, which takes `folder`'s place once the block is through.
 
     What stood there goes at that moment and not before; after an error nothing has changed.
 
     Raises:
         WriteError: if the disk refuses.
     """
-    temporary = temporary_beside(folder)
+    holder = temporary_beside(folder)
+    temporary = holder / folder.name
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent)
         try:
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
             yield temporary
             # safetensors' writer lets only the owner read; a folder's mode says what others may.
             readers = temporary.stat().st_mode & 0o666
@@ -143,9 +144,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 if path.is_file():
                     path.chmod(readers)
             replace_folder(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(holder, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

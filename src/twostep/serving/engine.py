@@ -10,11 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from twostep.serving.jobs import Event, Finished, Job, Left, Observer, Preview, StepModel
+from twostep.serving.jobs import Job, Observer, StepModel
+from twostep.serving.stages import Cohort, Stages
 
 EngineState = Literal["starting", "ready", "failed", "draining", "closed"]
 # Weight of the newest batch in the running mean of seconds a picture.
@@ -35,17 +34,6 @@ class FullError(Exception):
 
 class NotReadyError(Exception):
     """The engine is starting, ending or has failed."""
-
-
-@dataclass
-class _Cohort:
-    """Pictures of one model that are between two steps."""
-
-    jobs: list[Job]
-    states: list[Any]
-    step: int = 1
-    joined: bool = False
-    started: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -72,10 +60,11 @@ class Engine:
         self.state: EngineState = "starting"
         self.error: Exception | None = None
         self._load, self._observer = load, observer or Observer()
+        self._stages = Stages(self._observer)
         self._models: Mapping[str, StepModel] = {}
         self._turns: list[str] = []  # whose turn it is, first first
         self._waiting: list[Job] = []
-        self._between: dict[str, _Cohort] = {}
+        self._between: dict[str, Cohort] = {}
         self._crowded = False
         self._seconds = 0.1
         self._abandon = False
@@ -168,10 +157,10 @@ class Engine:
             self.error, self._abandon = error, True
             self._observer.failed(error)
         for cohort in self._between.values():
-            self._leave("closed", cohort.jobs)
+            self._stages.leave("closed", cohort.jobs)
         self._between.clear()
         with self._wake:
-            self._leave("closed", self._waiting)
+            self._stages.leave("closed", self._waiting)
             self._waiting = []
             self.state = "closed" if self.error is None else "failed"
 
@@ -255,88 +244,28 @@ class Engine:
 
     def _begin(self, name: str, model: StepModel, jobs: list[Job]) -> None:
         started = time.monotonic()
-        jobs, states = self._first(model, jobs)
+        jobs, states = self._stages.first(model, jobs)
         if jobs:
-            cohort = self._between[name] = _Cohort(jobs, states, started=started)
+            cohort = self._between[name] = Cohort(jobs, states, started=started)
             if model.steps == 1:
                 self._finish(name, model, cohort)
 
-    def _join(self, model: StepModel, cohort: _Cohort, jobs: list[Job]) -> None:
-        jobs, states = self._first(model, jobs)
+    def _join(self, model: StepModel, cohort: Cohort, jobs: list[Job]) -> None:
+        jobs, states = self._stages.first(model, jobs)
         cohort.jobs.extend(jobs)
         cohort.states.extend(states)
 
-    def _first(self, model: StepModel, jobs: list[Job]) -> tuple[list[Job], list[Any]]:
-        """Step 1, and its previews for those who want them."""
-        now = time.monotonic()
-        for job in jobs:
-            self._observer.waited(now - job.submitted)
-        pairs = self._each("first", model.first, [(job, job.spec) for job in jobs])
-        now = time.monotonic()
-        wanted = [pair for pair in pairs if pair[0].preview and not pair[0].gone(now)]
-        for job, pixels in self._each("preview", model.preview, wanted):
-            _tell(job, Preview(pixels))
-        return [job for job, _ in pairs], [state for _, state in pairs]
-
-    def _advance(self, name: str, model: StepModel, cohort: _Cohort) -> None:
-        """The next step of those who are still there."""
-        now = time.monotonic()
-        pairs = list(zip(cohort.jobs, cohort.states, strict=True))
-        here = [pair for pair in pairs if not pair[0].gone(now)]
-        if len(here) < len(pairs):
-            self._observer.left("gone_between_steps", len(pairs) - len(here))
-        step = cohort.step
-        stage = "second" if step == 1 else "later"
-        pairs = self._each(stage, lambda states: model.advance(states, step), here)
-        cohort.jobs, cohort.states = [job for job, _ in pairs], [state for _, state in pairs]
-        cohort.step += 1
-        if not pairs:
+    def _advance(self, name: str, model: StepModel, cohort: Cohort) -> None:
+        self._stages.advance(model, cohort)
+        if not cohort.jobs:
             del self._between[name]
         elif cohort.step == model.steps:
             self._finish(name, model, cohort)
 
-    def _finish(self, name: str, model: StepModel, cohort: _Cohort) -> None:
-        done: list[tuple[Job, Finished]] = self._each(
-            "decode", model.finish, list(zip(cohort.jobs, cohort.states, strict=True))
-        )
+    def _finish(self, name: str, model: StepModel, cohort: Cohort) -> None:
         del self._between[name]
-        self._observer.finished(name, len(done))
-        if done:
-            seconds = (time.monotonic() - cohort.started) / len(done)
+        made = self._stages.finish(model, cohort)
+        self._observer.finished(name, made)
+        if made:
+            seconds = (time.monotonic() - cohort.started) / made
             self._seconds += _NEWEST * (seconds - self._seconds)
-        for job, finished in done:
-            _tell(job, finished)
-
-    def _each(
-        self,
-        stage: str,
-        call: Callable[[list[Any]], list[Any]],
-        pairs: list[tuple[Job, Any]],
-    ) -> list[tuple[Job, Any]]:
-        """`call` on a batch; where it raises, on each alone, and who fails alone leaves."""
-        if not pairs:
-            return []
-        started = time.monotonic()
-        try:
-            results = call([value for _, value in pairs])
-        except Exception as error:
-            self._observer.failed(error)
-            if len(pairs) == 1:
-                if stage != "preview":  # the picture itself may still come
-                    self._leave("failed", [pairs[0][0]])
-                return []
-            return [found for pair in pairs for found in self._each(stage, call, [pair])]
-        self._observer.batch(stage, len(pairs), time.monotonic() - started)
-        return [(job, result) for (job, _), result in zip(pairs, results, strict=True)]
-
-    def _leave(self, reason: Literal["failed", "closed"], jobs: Sequence[Job]) -> None:
-        if jobs:
-            self._observer.left(reason, len(jobs))
-        for job in jobs:
-            _tell(job, Left(reason))
-
-
-def _tell(job: Job, event: Event) -> None:
-    """Whoever listened may be gone with its event loop; the others' pictures still come."""
-    with suppress(Exception):
-        job.tell(event)

@@ -17,6 +17,7 @@ from twostep.method.rollout import euler, first_step, second_step, seeded_noise
 from twostep.method.schedule import Schedule
 from twostep.models.codec import Decoder
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import LoraFile
 from twostep.models.prompt_encoder import PromptEncoder
 from twostep.models.velocity import bind
 from twostep.runtime.devices import Placement
@@ -38,11 +39,13 @@ class ModelChoice:
         name: what clients call it.
         model: a folder, `zoo:NAME` or a hub id.
         steps: of a teacher; None for its 8, and for a student.
+        loras: LoRA files on its weights.
     """
 
     name: str
     model: str
     steps: int | None = None
+    loras: tuple[LoraFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Opened:
         Raises:
             InputError, ModelError: for a model, steps or a size that cannot be used.
         """
-        folder = ModelFolder.open(choice.model)
+        folder = ModelFolder.open(choice.model).with_loras(choice.loras)
         embedded = choice.model.startswith("zoo:")
         size = size or (_EMBEDDED_SIZE if embedded else _SIZE)
         folder.latent_shape(size)

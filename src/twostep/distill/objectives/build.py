@@ -186,7 +186,7 @@ def _start_adapters(recipe: Recipe, backbone: SharedBackbone) -> None:
     if student.kind != "lora_pair":
         raise RecipeError(
             f"student.init: {student.name} is no folder of two LoRA files, as student.weights: "
-            "lora needs; twostep export --to lora makes one"
+            "lora needs and such a run writes"
         )
     files = [student.path / f"{step}.safetensors" for step in STEPS]
     if recipe.student.steps == "shared" and len({f.read_bytes() for f in files}) > 1:

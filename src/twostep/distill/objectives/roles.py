@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Role:
         model: the network it runs on; its size and dtype, not to be called past the role.
         trained: holds what this role trains, as checkpoints do; None for a frozen role.
         transformer: gives the role's weights as a diffusers transformer.
+        lora: gives an adapter's as a LoRA file holds them; None for a full set.
         evaluations: forwards of one sample so far; those with a gradient count as three.
     """
 
@@ -38,6 +40,7 @@ class Role:
     model: Any
     trained: nn.Module | None
     transformer: Callable[[], nn.Module]
+    lora: Callable[[], dict[str, Tensor]] | None = None
     evaluations: int = 0
 
     @staticmethod
@@ -56,7 +59,8 @@ class Role:
         """An adapter on a shared backbone; without a name the frozen backbone alone."""
         velocity = AdapterVelocity(backbone, name)
         trained = backbone.module(name) if name else None
-        return Role(velocity, backbone.model, trained, lambda: backbone.merged(name))
+        lora = partial(backbone.lora, name) if name else None
+        return Role(velocity, backbone.model, trained, partial(backbone.merged, name), lora)
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
