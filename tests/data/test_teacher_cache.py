@@ -248,9 +248,9 @@ def test_interrupted_build_goes_on_where_it_stopped(
 ) -> None:
     original = PromptEncoder._encode
 
-    def only_the_empty_prompt(self: Any, prompts: list[str], max_length: int) -> list[Tensor]:
+    def only_the_empty_prompt(self: Any, prompts: list[str]) -> list[Tensor]:
         assert prompts == [""]
-        return original(self, prompts, max_length)
+        return original(self, prompts)
 
     plan, placement = CacheSpec.of(recipe), Placement.on("cpu")
     (velocity,) = plan.teacher.velocities(placement)

@@ -552,7 +552,7 @@ def test_non_finite_turns_are_skipped_counted_and_end_the_run(make_recipe: Make)
     trainer.cache.read = poisoned  # type: ignore[method-assign]
     for _ in range(2):
         trainer.student_step(warming=True)
-    assert trainer.progress.skipped == 2
+    assert trainer.progress.skipped == {"student": 2}
     assert all(
         torch.equal(a, b) for a, b in zip(before, trainer.roles.student_parameters(), strict=True)
     )
@@ -560,7 +560,7 @@ def test_non_finite_turns_are_skipped_counted_and_end_the_run(make_recipe: Make)
         trainer.student_step(warming=True)
     trainer.cache.read = healthy  # type: ignore[method-assign]
     trainer.student_step(warming=True)
-    assert trainer.progress.skipped_in_a_row == 0
+    assert trainer.progress.skipped_in_a_row == {}
 
 
 def test_signal_saves_and_the_run_goes_on(make_recipe: Make, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_pictures_say_how_they_were_made(student: Path, tmp_path: Path) -> None:
         assert image.size == (48, 32)
         assert image.info["prompt"] == "一只狗"
         assert (image.info["seed"], image.info["steps"]) == ("8", "2")
-        assert image.info["model"] == str(student)
+        assert image.info["model"] == student.name  # no folder of this machine
     alone = next(
         generate(PictureRequest(str(student), ["一只狗"], seed=8, size=(32, 48)), tmp_path / "b")
     )

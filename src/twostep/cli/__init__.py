@@ -5,12 +5,15 @@ Heavy imports stay inside the commands; nothing is computed here.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from twostep.cli import demo, evaluate, export, pictures, recipes, schema, serve, train
+from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
+from twostep.runtime.notices import notice
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,9 +36,25 @@ for command in (
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends in one clear message and exit code 2."""
+    """Entry point. Every ending is one of these, and none but our own mistakes has a traceback.
+
+    0; 1 with a reason (training cannot go on, a disk refuses); 2 for what the user can mend; 130
+    after Ctrl-C and 143 after SIGTERM.
+    """
     try:
-        app()
+        with ended_by_signals():
+            app()
     except UserError as error:
-        print(f"twostep: {error}", file=sys.stderr)
+        notice(str(error))
         raise SystemExit(error.exit_code) from error
+    except (OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from error
+        notice(f"stopped: {reason(error)}")
+        raise SystemExit(1) from error
+    except RuntimeError as error:  # what torch says of a device's memory
+        if "out of memory" not in str(error):
+            raise
+        notice(f"stopped, out of memory: {str(error)[:300]}")
+        raise SystemExit(1) from error

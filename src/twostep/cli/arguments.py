@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,6 +109,22 @@ def parse_device(text: str) -> torch.device:
     return pick_device(text, option="--device")
 
 
+def _stdin() -> Iterator[str]:
+    from twostep.data.prompt_text import MOST_CHARACTERS, PromptError, checked
+
+    most = 4 * MOST_CHARACTERS + 2  # bytes of the longest
+    number = 0
+    while line := sys.stdin.buffer.readline(most + 1):
+        number += 1
+        if len(line) > most:
+            raise PromptError(f"stdin:{number}: a line of more than {most} bytes")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise PromptError(f"stdin:{number}: not UTF-8 text") from error
+        yield checked(text, f"stdin:{number}")
+
+
 def read_prompts(
     prompts: Sequence[str], file: str | None = None, *, option: str = "--prompts"
 ) -> list[str]:
@@ -120,11 +136,12 @@ def read_prompts(
     Raises:
         InputError, PromptError: for an unreadable file, or no prompts at all.
     """
+    from twostep.data.prompt_text import checked
     from twostep.data.prompts import load_prompts
 
     found: list[str] = []
     for prompt in prompts:
-        lines = [line.strip() for line in sys.stdin] if prompt == "-" else [prompt]
+        lines = list(_stdin()) if prompt == "-" else [checked(prompt, "prompt")]
         found.extend(line for line in lines if line or prompt != "-")
     if file is not None:
         found.extend(load_prompts(file, option=option))

@@ -37,7 +37,9 @@ def evaluate(
     seeds: Annotated[
         int, typer.Option(min=1, help="images per prompt; 2 or more for diversity")
     ] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="what all the noise follows from")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="what all the noise follows from")
+    ] = 0,
     reference_steps: Annotated[int, typer.Option(min=1, help="the teacher's steps")] = 8,
     steps: Annotated[
         int | None, typer.Option(min=1, help="steps of a model that is not a two-step student (8)")

@@ -31,7 +31,9 @@ def generate(
         str | None, typer.Option("--prompts", help="a .txt, .jsonl or .parquet file of prompts")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("runs/pictures"),
-    seed: Annotated[int, typer.Option(min=0, help="seed of the first picture of each prompt")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="seed of the first picture of each prompt")
+    ] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="a teacher's steps (8); a student has 2")
     ] = None,
@@ -99,7 +101,9 @@ def compare(
     ],
     prompt: Annotated[list[str], typer.Option(help="may be repeated: a column for each")],
     out: Annotated[Path, typer.Option(help="the .png file")] = Path("runs/compare.png"),
-    seed: Annotated[int, typer.Option(min=0, help="seed of each prompt's first column")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="seed of each prompt's first column")
+    ] = 0,
     count: Annotated[int, typer.Option(min=1, help="columns per prompt, seeds ascending")] = 1,
     size: SizeOption = "64",
     preview: Annotated[

@@ -24,16 +24,21 @@ def teach(
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
     """
     from twostep.data.cache import build
+    from twostep.planning import preflight
     from twostep.recipe.schema import Recipe
 
     quiet()
-    build.open_cache(Recipe.load(recipe, overrides or ()), repair=repair)
+    resolved = Recipe.load(recipe, overrides or ())
+    preflight.check_here(resolved, teaching=True, repair=repair)
+    build.open_cache(resolved, repair=repair)
 
 
 def distill(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the resolved recipe, stop")
+    ] = False,
     ray: Annotated[
         int | None, typer.Option(min=1, help="run on this many workers of a Ray cluster")
     ] = None,
@@ -42,13 +47,18 @@ def distill(
 
     Example: twostep distill zoo:emoji-demo training.turns=500
     """
+    from twostep.planning import preflight
     from twostep.recipe.schema import Recipe
 
     resolved = Recipe.load(recipe, overrides or ())
+    quiet()
+    if ray is None:  # the machines of a cluster have disks of their own
+        preflight.check_here(resolved, fetch=not dry_run)
+    else:
+        preflight.check_plan(resolved, processes=ray)
     if dry_run:
         print(resolved.to_yaml(), end="")
         return
-    quiet()
     if ray is not None:
         from twostep.distill import on_ray
 
@@ -79,11 +89,12 @@ def plan(
 
     Example: twostep plan zoo:z-image-turbo-lora --gpus 1 --memory 80 --tflops 400
     """
-    from twostep.planning import tables, training
+    from twostep.planning import preflight, tables, training
     from twostep.recipe.schema import Recipe
 
     quiet()
     resolved = Recipe.load(recipe, overrides or ())
+    preflight.check_plan(resolved, processes=gpus)
     found = training.plan(
         resolved,
         processes=gpus,

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from twostep.data.prompt_text import PromptError, check_file, checked, lines_of
 from twostep.emoji.scenes import training_scenes
-from twostep.errors import UserError, missing_extra
+from twostep.errors import missing_extra
+from twostep.runtime.notices import notice
 
 HUB = "hf:"
+__all__ = ["HUB", "PromptError", "load_prompts"]
 _PARTI = Path(__file__).parent / "prompt_sets" / "parti.tsv"
-
-
-class PromptError(UserError, ValueError):
-    """A prompt source that cannot be used."""
 
 
 class _ColumnError(PromptError):
@@ -53,6 +52,8 @@ def load_prompts(
         )
         if not distinct:
             raise PromptError(f"{source} holds no prompts")
+        if count is not None and len(distinct) < count and source != "parti":
+            notice(f"{option}: {source} has {len(distinct)} distinct prompts, not {count}")
     except _ColumnError as error:
         named = "data.prompt_column" if option == "data.prompts" else option
         raise PromptError(f"{named}: {error}") from error
@@ -98,7 +99,7 @@ def _parti() -> Iterator[str]:
 
 def _file(path: Path, column: str) -> Iterator[str]:
     readers: dict[str, Callable[[Path, str], Iterator[str]]] = {
-        ".txt": lambda path, _: map(str.strip, path.read_text(encoding="utf-8").splitlines()),
+        ".txt": lambda path, _: (checked(text, f"{path}:{n}") for n, text in lines_of(path)),
         ".jsonl": _jsonl,
         ".parquet": _parquet,
     }
@@ -107,18 +108,17 @@ def _file(path: Path, column: str) -> Iterator[str]:
             "expected emoji, parti, hf:OWNER/NAME, or a .txt, .jsonl or .parquet "
             f"file, got {str(path)!r}"
         )
-    if not path.is_file():
-        raise PromptError(f"no file at {path}")
+    check_file(path)
     return readers[path.suffix](path, column)
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in lines_of(path):
         if not line.strip():
             continue
         try:
             prompt = json.loads(line)[column]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PromptError(f"{path}:{number}: expected an object with a {column}") from error
         yield _text(prompt, column, f"{path}:{number}")
 
@@ -129,12 +129,17 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 
     try:
         file = ParquetFile(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise PromptError(f"{path} cannot be read as Parquet: {error}") from error
     _check_column(column, file.schema_arrow.names, str(path))
-    for batch in file.iter_batches(columns=[column]):
-        for prompt in batch.column(0).to_pylist():
-            yield _text(prompt, column, str(path))
+    number = 0
+    try:
+        for batch in file.iter_batches(columns=[column]):
+            for prompt in batch.column(0).to_pylist():
+                number += 1
+                yield _text(prompt, column, f"{path}, row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise PromptError(f"{path} cannot be read after row {number}: {error}") from error
 
 
 def _dataset(name: str, column: str, split: str) -> Iterator[str]:
@@ -159,5 +164,5 @@ def _check_column(column: str, columns: list[str], where: str) -> None:
 
 def _text(prompt: object, column: str, where: str) -> str:
     if not isinstance(prompt, str):
-        raise PromptError(f"{where}: {column} must be a string, got {prompt!r}")
-    return prompt.strip()
+        raise PromptError(f"{where}: {column} must be a string, got {type(prompt).__name__}")
+    return checked(prompt, where)

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from twostep.data.prompt_text import PromptError, lines_of
 from twostep.errors import RecipeError
 from twostep.models.folder import ModelFolder
 from twostep.runtime.devices import Placement
 from twostep.runtime.randomness import Stream, rng
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_DECODED = 500
 
 
 class ExternalReals:
@@ -42,9 +44,7 @@ class ExternalReals:
     def __init__(
         self, folder: Path, teacher: ModelFolder, size: tuple[int, int], *, placement: Placement
     ) -> None:
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        if not paths:
-            raise RecipeError(f"data.reals: no images (png, jpg, webp) in {str(folder)!r}")
+        paths = _images(folder)
         captions = _captions(folder, paths)
         decoder = teacher.decoder(placement)
         latents = []
@@ -65,17 +65,51 @@ class ExternalReals:
         return self.latents[torch.from_numpy(picks)], embeds
 
 
+def check_reals(folder: Path) -> None:
+    """Looks at every image's head and at the captions; decodes the first images alone.
+
+    Raises:
+        RecipeError: as `ExternalReals`.
+    """
+    paths = _images(folder)
+    _captions(folder, paths)
+    for number, path in enumerate(paths):
+        if number < _DECODED:
+            _read(path, (8, 8))
+            continue
+        try:
+            with Image.open(path):
+                pass
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise RecipeError(f"data.reals: {path} cannot be read as an image") from error
+
+
+def _images(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise RecipeError(f"data.reals: no folder at {str(folder)!r}; or say teacher")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not paths:
+        raise RecipeError(f"data.reals: no images (png, jpg, webp) in {str(folder)!r}")
+    return paths
+
+
 def _captions(folder: Path, paths: list[Path]) -> list[str] | None:
     """One caption per image, or None if the folder has no `metadata.jsonl`."""
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
         return None
     texts: dict[str, str] = {}
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = list(lines_of(listing))
+    except PromptError as error:
+        raise RecipeError(f"data.reals: {error}") from error
+    for number, line in lines:
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             texts[str(entry["file_name"])] = str(entry["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecipeError(
                 f"data.reals: {listing}:{number}: expected an object with file_name and text"
             ) from error
@@ -92,7 +126,7 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(path) as image:
             rgb = image.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RecipeError(f"data.reals: {path} cannot be read as an image") from error
     scale = max(height / rgb.height, width / rgb.width)
     resized = rgb.resize(

@@ -44,6 +44,8 @@ class Progress:
         evaluations: forwards of one sample through any network in the student's turns; one whose
             result is differentiated counts as three, validation does not count.
         fit_evaluations: the same while the score is fitted.
+        skipped, skipped_in_a_row: updates that were refused since something was not finite, by what
+            they were of: score, critic, student (joint turns too), validation.
         best_distance: the least kernel distance of a validation, after `best_turn` turns; with
             `training.best_by: score` the highest score, negative.
     """
@@ -52,12 +54,28 @@ class Progress:
     turn: int = 0
     critic_turn: int = 0
     seconds: float = 0.0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
     evaluations: int = 0
     fit_evaluations: int = 0
     best_distance: float | None = None
     best_turn: int | None = None
+
+    def count(self, kind: str, *, accepted: bool) -> int:
+        """Counts an update of a kind; how many of it were refused in a row."""
+        if accepted:
+            self.skipped_in_a_row.pop(kind, None)
+            return 0
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+        self.skipped_in_a_row[kind] = self.skipped_in_a_row.get(kind, 0) + 1
+        return self.skipped_in_a_row[kind]
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """As a checkpoint has it; earlier ones have one counter for all kinds."""
+        for name in ("skipped", "skipped_in_a_row"):
+            if isinstance(record.get(name), int):
+                record = record | {name: {"student": record[name]} if record[name] else {}}
+        self.__dict__.update(record)
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,7 @@ class _Writing:
 class TrainingState:
     """All that changes while training.
 
+    `facts` say whose state it is: `recipe`, and `data`, the cache's fingerprint.
     What has learnt and is frozen from then on is written once, beside the checkpoints (`freeze`).
     """
 
@@ -93,6 +112,7 @@ class TrainingState:
     ema: Ema
     progress: Progress
     frozen: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
     _writing: _Writing | None = None
 
     def freeze(self, name: str, folder: Path, world: World) -> None:
@@ -126,6 +146,7 @@ class TrainingState:
                 "version": VERSION,
                 "progress": asdict(self.progress),
                 "frozen": self.frozen,
+                "facts": self.facts,
                 "ema_updates": self.ema.updates,
                 "optimizer_groups": {
                     name: optimizer.state_dict()["param_groups"]
@@ -203,9 +224,23 @@ class TrainingState:
                 raise ValueError(f"it holds other tensors: {sorted(tensors.keys() ^ names)[:3]}")
             load_tensors(tensors, checkpoint)
             self.ema.updates = record["ema_updates"]
-            self.progress.__dict__.update(record["progress"])
+            self.progress.restore(record["progress"])
         except Exception as error:
             raise CheckpointError(f"{checkpoint} cannot be resumed: {error}") from error
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run; nothing in those of earlier versions.
+
+    Raises:
+        CheckpointError: if its record cannot be read.
+    """
+    path = checkpoint / "state.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8")).get("facts", {})
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return facts if isinstance(facts, dict) else {}
 
 
 def _sync(path: Path) -> None:

@@ -15,6 +15,7 @@ from twostep.distill.checkpoint import TrainingState
 from twostep.distill.objectives.roles import Roles
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.sample_sheet import SampleSheet
+from twostep.distill.update import note_finite
 from twostep.distill.validation import Validator
 from twostep.evaluation.scorers import Scorer
 from twostep.recipe.schema import Recipe
@@ -47,6 +48,7 @@ class Checkup:
         self.best = BestStudent(roles, state, folder=folder, world=world)
         with computing():
             self.validator = Validator(recipe, roles, cache, device=device, world=world)
+        self.max_non_finite = recipe.training.max_non_finite
         self.by_score = recipe.training.best_by == "score"
         self.scorers = scorers
         self.decoder = cache.spec.teacher.decoder(Placement.on(device))
@@ -57,6 +59,10 @@ class Checkup:
         validator = self.validator
         with self.state.ema.applied(), self.computing():
             seen = validator.measure()
+        finite = all(map(math.isfinite, seen.metrics.values()))
+        note_finite(self.state.progress, "validation", accepted=finite, limit=self.max_non_finite)
+        if not finite:  # nothing that could be judged, kept or drawn
+            return {"validation/finite": 0.0}
         scores = self._scores(seen.rollout.clean2) if self.world.is_first else {}
         values = {**seen.metrics, **scores}
         distance = seen.metrics["kernel_distance"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from twostep.distill.checkpoint import list_checkpoints
+from twostep.distill.checkpoint import list_checkpoints, read_facts
 from twostep.distill.monitor import read_metrics
 from twostep.errors import RecipeError
 from twostep.recipe.rules import differences
@@ -67,15 +68,33 @@ class RunFolder:
         """The records of the run, oldest first."""
         return read_metrics(self.path)
 
-    def check_same_recipe(self, recipe: Recipe) -> None:
-        """Raises RecipeError if the folder holds a run that another recipe began."""
-        if self.last_checkpoint() is None or not self.recipe.exists():
+    def check_same_recipe(self, recipe: Recipe, data: str | None = None) -> None:
+        """Raises RecipeError if the folder holds a run that another recipe began.
+
+        The last checkpoint says which; in those of earlier versions, recipe.yaml. Folders may have
+        moved since: of teacher and cache what they hold is compared.
+
+        Args:
+            data: the cache's fingerprint, of the teacher's weights, prompts and noise.
+        """
+        checkpoint = self.last_checkpoint()
+        if checkpoint is None:
             return
-        differing = differences(Recipe.load(self.recipe), recipe)
+        facts = read_facts(checkpoint)
+        if "recipe" in facts:
+            begun = Recipe.parse(facts["recipe"])
+        elif self.recipe.exists():
+            begun = Recipe.load(self.recipe)
+        else:
+            return
+        known = data is not None and "data" in facts
+        differing = differences(begun, recipe, same_data=known)
+        if known and facts["data"] != data:
+            differing.append("the teacher's weights or what is cached of it are others")
         if differing:
             raise RecipeError(
                 f"{self.path} holds a run of another recipe ({'; '.join(differing)}). "
-                "Choose another name or output, or remove the folder"
+                "Choose another name or output, or go on with the recipe that began it"
             )
 
     def describe(self, recipe: Recipe, device: str) -> None:
@@ -90,8 +109,25 @@ class RunFolder:
         write_text(self.recipe, recipe.to_yaml())
         write_json(self.path / "run.json", description)
 
+    def is_ours(self) -> bool:
+        """Whether `describe` wrote here."""
+        try:
+            said = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            return "twostep" in said["versions"] and self.recipe.is_file()
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def clear(self) -> None:
-        """Removes a finished run, so that the next one begins anew; a cache beside it stays."""
+        """Removes a finished run, so that the next one begins anew; a cache beside it stays.
+
+        Raises:
+            RecipeError: if no run of this package made the folder.
+        """
+        if not self.is_ours():
+            raise RecipeError(
+                f"{self.path} holds a report, but no run.json and recipe.yaml of a distillation: "
+                "nothing in it is removed. Choose another folder"
+            )
         for name in ("checkpoints", "samples", "student", "images", "best", "frozen"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("report.json", "report.html", "metrics.jsonl"):

@@ -23,7 +23,7 @@ from twostep.distill.progress import TurnProgress
 from twostep.distill.rates import rates, score_rate
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.sharding import Sharder
-from twostep.distill.update import Gradients, build_updates
+from twostep.distill.update import Gradients, TrainingStopped, build_updates
 from twostep.errors import UserError
 from twostep.evaluation.scorers import load_scorer
 from twostep.recipe.schema import Recipe
@@ -36,7 +36,9 @@ from twostep.runtime.signals import catch_signals
 class Interrupted(UserError):
     """SIGTERM or Ctrl-C; the state has been saved."""
 
-    exit_code = 130
+    def __init__(self, message: str, *, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Trainer:
@@ -57,7 +59,7 @@ class Trainer:
         self.world = World(self.device)
         rows = rows_of(recipe.training, self.world)
         self.folder = RunFolder(recipe.run_folder)
-        self.folder.check_same_recipe(recipe)
+        self.folder.check_same_recipe(recipe, cache.spec.fingerprint)
         self.schedule = cache.spec.schedule
         sharded = recipe.distributed.sharding == "shard" and self.world.size > 1
         load = Sharder(recipe, self.world).load if sharded else load_whole(self.device)
@@ -69,6 +71,7 @@ class Trainer:
             build_optimizers(recipe, self.roles),
             Ema(self.roles.student_parameters(), recipe.training.ema_decay),
             Progress(),
+            facts={"recipe": recipe.model_dump(mode="json"), "data": cache.spec.fingerprint},
         )
         gradients = Gradients(
             recipe,
@@ -110,9 +113,25 @@ class Trainer:
             TrainingStopped: too many turns in a row were not finite.
         """
         try:
-            return self._run().best.export(self.cache.spec)
+            checkup = self._run()
+            self._check_learnt()
+            return checkup.best.export(self.cache.spec)
         finally:
             self.world.leave()
+
+    def _check_learnt(self) -> None:
+        """Raises TrainingStopped where no update of the student was ever taken."""
+        progress = self.progress
+        if progress.turn and progress.skipped.get("student", 0) >= progress.turn:
+            raise TrainingStopped(
+                f"each of the {progress.turn} student turns was refused, since loss or gradient "
+                "was not finite: there is no student. Look at the weights in losses.* and the rates"
+            )
+        if progress.best_turn is None:
+            raise TrainingStopped(
+                f"no validation in {progress.turn} turns was finite: there is no student. Begin a "
+                "new run with a lower training.learning_rate"
+            )
 
     def _run(self) -> Checkup:
         """The turns; gives back what watched them."""
@@ -167,9 +186,11 @@ class Trainer:
                 self.folder.checkpoints, settings.keep_checkpoints, self.world, background=beside
             )
         if signalled:
+            where = f"at turn {turn}" if turn > 0 or not fitting else "while the score was fitted"
             raise Interrupted(
-                f"stopped by {caught[0] if caught else 'another process'} at turn {turn}; "
-                "state saved. Run it again to go on"
+                exit_code=143 if "SIGTERM" in caught else 130,
+                message=f"stopped by {caught[0] if caught else 'another process'} {where}; "
+                "state saved. Run it again to go on",
             )
 
     @contextmanager
@@ -194,7 +215,12 @@ class Trainer:
             self.state.freeze("score", self.folder.frozen, self.world)
         if self._number % self.recipe.training.log_every:
             return {}
-        return {key: float(value) for key, value in terms.items() if key != "loss"}
+        logged = {key: float(value) for key, value in terms.items() if key != "loss"}
+        return logged | self._skipped()
+
+    def _skipped(self) -> dict[str, float]:
+        """Updates that were refused so far, by kind."""
+        return {f"skipped/{kind}": float(n) for kind, n in self.progress.skipped.items()}
 
     def turn(self) -> dict[str, float]:
         """A student turn, after the critic turns that go before it; what to log of it."""
@@ -211,7 +237,7 @@ class Trainer:
         progress.turn += 1
         if progress.turn % settings.log_every and progress.turn < settings.turns:
             return {}  # reading a value waits for the device
-        return {key: float(value) for key, value in logged.items()}
+        return {key: float(value) for key, value in logged.items()} | self._skipped()
 
     def set_rates(self) -> None:
         """The learning rates of the next turn."""

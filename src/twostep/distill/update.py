@@ -25,6 +25,13 @@ class TrainingStopped(UserError):
     exit_code = 1
 
 
+# What to lower where an update of a kind is refused.
+_RATE_OF = {
+    "score": "score.learning_rate",
+    "critic": "fake.learning_rate or critic.learning_rate",
+}
+
+
 @dataclass(frozen=True)
 class Gradients:
     """How a batch's gradients come about, the same for every update of a run.
@@ -131,20 +138,30 @@ class Update:
 
     def _accept(self, *values: Tensor) -> bool:
         """Whether a step may be taken; counts the refused ones and gives up after too many."""
-        progress = self.progress
-        if bool(torch.stack([v.detach() for v in values]).isfinite().all()):
-            progress.skipped_in_a_row = 0
-            return True
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        limit = self.gradients.recipe.training.max_non_finite
-        if progress.skipped_in_a_row > limit:
-            raise TrainingStopped(
-                f"turn {progress.turn}: loss or gradient was not finite "
-                f"{progress.skipped_in_a_row} times in a row (training.max_non_finite is {limit}). "
-                "The last checkpoint is sound; begin a new run with a lower training.learning_rate"
-            )
-        return False
+        accepted = bool(torch.stack([v.detach() for v in values]).isfinite().all())
+        note_finite(
+            self.progress,
+            self.purpose,
+            accepted=accepted,
+            limit=self.gradients.recipe.training.max_non_finite,
+        )
+        return accepted
+
+
+def note_finite(progress: Progress, kind: str, *, accepted: bool, limit: int) -> None:
+    """Counts an update, or a validation, by whether all of it was finite.
+
+    Raises:
+        TrainingStopped: if more than `limit` of this kind in a row were not.
+    """
+    in_a_row = progress.count(kind, accepted=accepted)
+    if in_a_row > limit:
+        what = "its images were" if kind == "validation" else "loss or gradient was"
+        raise TrainingStopped(
+            f"turn {progress.turn}, {kind}: {what} not finite {in_a_row} times in a row "
+            f"(training.max_non_finite is {limit}). No step was taken with them; begin a new run "
+            f"with a lower {_RATE_OF.get(kind, 'training.learning_rate')}"
+        )
 
 
 def build_updates(roles: Roles, state: TrainingState, gradients: Gradients) -> dict[str, Update]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,14 +141,16 @@ class Validator:
         on average when equal).
         `step1_distance`: the same for the step-1 preview. `diversity`: spread over seeds, as a
         ratio to the teacher's. `latents_std`: ratio to the teacher's. `latents_mean`: shift in
-        the teacher's standard deviations.
+        the teacher's standard deviations. All NaN where the student's images are not finite.
         """
         rollout = self.student()
-        features = self._features(rollout.clean2)
+        features, previews = (self._features(x) for x in (rollout.clean2, rollout.clean1))
+        if not bool(torch.stack([features, previews]).isfinite().all()):
+            return Validation(rollout, {"kernel_distance": math.nan})
         teacher = self.teacher_latents
         metrics = {
             "kernel_distance": kernel_distance(features, self.reference),
-            "step1_distance": kernel_distance(self._features(rollout.clean1), self.reference),
+            "step1_distance": kernel_distance(previews, self.reference),
             "diversity": pairwise_diversity(features, self.prompts.groups) / self.teacher_diversity,
             "latents_std": (rollout.clean2.std() / teacher.std()).item(),
             "latents_mean": ((rollout.clean2.mean() - teacher.mean()) / teacher.std()).item(),

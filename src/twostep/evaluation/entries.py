@@ -74,7 +74,9 @@ def list_entries(
 
     Raises:
         InputError: if two would have the same key.
+        ModelError: if the teacher is a student.
     """
+    ModelFolder.open(teacher).check_teacher("reference")
     result = [Entry("teacher", "teacher", teacher, teacher_steps)]
     if teacher_steps != 2:
         result.append(Entry("naive", "naive", teacher, 2))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -19,13 +20,13 @@ from twostep.evaluation.latency import measure_latency
 from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.report.page import Pair, write_report
 from twostep.evaluation.report.words import verdict
-from twostep.evaluation.scorers import load_scorer
+from twostep.evaluation.scorers import check_scorer, load_scorer
 from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
-from twostep.runtime.files import write_json
+from twostep.runtime.files import make_folder, write_json
 from twostep.runtime.images import pictures_at_once
-from twostep.runtime.processes import Share, wait_for
+from twostep.runtime.processes import Share, beat, end_beats, wait_for
 from twostep.runtime.progress import progress_bar
 from twostep.runtime.provenance import stamp
 
@@ -120,8 +121,17 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     Raises:
         ExtractorError, ScorerError, ModelError: before any image is made.
     """
+    for name in request.scores:
+        check_scorer(name, scenes=request.prompts.scenes is not None)
+    for entry in request.entries:
+        folder_of = ModelFolder.open(entry.model)
+        folder_of.latent_shape(request.size)
+        folder_of.count_steps(entry.steps)
+    make_folder(folder)
     extractors = [load_extractor(name) for name in request.features]
     scorers = [load_scorer(name) for name in request.scores]
+    for score in scorers:  # on a grey picture: one that fails should do so now
+        score(torch.zeros(1, 3, *request.size), request.prompts.first())
     prompts, others = request.prompts, request.teacher.as_reference()
     memory = request.options.memory
     stores = [
@@ -132,7 +142,17 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     _make_all(stores, request.options, share=share)
     if not share.is_first:
         return None
-    wait_for(lambda: not any(s.missing() for s in stores), "the other processes")
+    wait_for(
+        lambda: not any(s.missing() for s in stores),
+        share,
+        what=lambda: "; ".join(
+            f"{len(s.missing())} files of images in {s.folder} are missing"
+            for s in stores
+            if s.missing()
+        ),
+        folder=folder,
+    )
+    end_beats(folder)
 
     console = Console(stderr=True)
     console.print("judging", highlight=False)
@@ -192,7 +212,12 @@ def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: S
         count = sum(part.stop - part.start for part in share.of(store.parts))
         title = f"images of {store.entry.key}"
         with progress_bar(title, count, unit="images", hidden=not share.is_first) as advance:
-            make_images(store, partial(load, store), share=share, on_images=advance)
+
+            def on_images(made: int, advance: Callable[[int], None] = advance) -> None:
+                advance(made)
+                beat(stores[0].folder.parent, share)
+
+            make_images(store, partial(load, store), share=share, on_images=on_images)
 
 
 def _read_all(stores: Sequence[ImageStore]) -> dict[Entry, Tensor]:

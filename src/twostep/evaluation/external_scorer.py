@@ -15,6 +15,16 @@ from torch import Tensor
 from twostep.evaluation.prompts import PromptSet
 from twostep.runtime.images import to_pil
 
+# A program may load a large model first.
+START_SECONDS, PICTURE_SECONDS = 900.0, 60.0
+
+
+def _finite(value: float) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number
+
 
 class ExternalScore:
     """`NAME=COMMAND`: the command is given a picture and its prompt a line, and answers a number.
@@ -38,6 +48,7 @@ class ExternalScore:
         Raises:
             ValueError: if the command fails, or answers otherwise; with what it said.
         """
+        limit = START_SECONDS + PICTURE_SECONDS * len(images)
         with tempfile.TemporaryDirectory() as folder:
             lines = []
             for number, (image, prompt) in enumerate(zip(images, prompts.captions, strict=True)):
@@ -47,8 +58,13 @@ class ExternalScore:
             try:
                 done = subprocess.run(
                     self.command, input="\n".join(lines) + "\n", capture_output=True, text=True,
-                    check=False,
+                    check=False, timeout=limit, errors="replace",
                 )  # fmt: skip
+            except subprocess.TimeoutExpired as error:
+                raise ValueError(
+                    f"{self.name}: {self.command[0]} is not done with {len(lines)} pictures after "
+                    f"{limit:.0f} seconds"
+                ) from error
             except OSError as error:
                 raise ValueError(f"{self.name}: cannot run {self.command[0]}: {error}") from error
         if done.returncode:
@@ -66,9 +82,9 @@ class ExternalScore:
         for answer in answers:
             try:
                 value = json.loads(answer)
-                values.append(math.nan if value is None else float(value))
+                values.append(math.nan if value is None else _finite(value))
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{self.name}: expected a number or null a line, got {answer!r}"
+                    f"{self.name}: expected a finite number or null a line, got {answer[:100]!r}"
                 ) from error
         return torch.tensor(values)

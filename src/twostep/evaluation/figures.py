@@ -85,7 +85,8 @@ def figures(aligned: AlignedSets) -> dict[str, dict[str, float]]:
     scores, and `gap_closed` where there is a gap.
     """
     reference, teacher = aligned.reference.features, aligned.teacher.features
-    spread = pairwise_diversity(teacher, aligned.groups)
+    several = bool((aligned.groups.bincount() > 1).any())  # images of a prompt
+    spread = pairwise_diversity(teacher, aligned.groups) if several else math.nan
     variety = vendi_score(teacher)
     result: dict[str, dict[str, float]] = {}
     for key, measured in aligned.sets.items():
@@ -94,10 +95,11 @@ def figures(aligned: AlignedSets) -> dict[str, dict[str, float]]:
             "frechet_to_teacher": frechet_distance(features, reference),
             "kernel_to_teacher": kernel_distance(features, reference, aligned.groups),
             "gaussian_to_teacher": gaussian_distance(features, reference, aligned.groups),
-            "diversity": pairwise_diversity(features, aligned.groups) / spread,
             "vendi": vendi_score(features) / variety,
             "paired_distance": paired_distance(features, teacher).mean().item(),
         }
+        if several:
+            values["diversity"] = pairwise_diversity(features, aligned.groups) / spread
         if len(features) > _NEIGHBOURS:
             values |= asdict(neighbourhoods(features, reference, _NEIGHBOURS))
         values |= {name: score.nanmean().item() for name, score in measured.scores.items()}

@@ -58,6 +58,10 @@ class PromptSet:
         prompts = [s.caption("zh" if i // 4 % 2 else "en") for i, s in enumerate(scenes)]
         return PromptSet(prompts, scenes, seeds_per_prompt, seed)
 
+    def first(self) -> PromptSet:
+        """One image of the first prompt."""
+        return PromptSet(self.prompts[:1], self.scenes and self.scenes[:1], 1, self.seed)
+
     def __len__(self) -> int:
         """Images in a set."""
         return len(self.prompts) * self.seeds_per_prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import shutil
 import unicodedata
 from collections.abc import Callable
 from typing import Literal
@@ -51,6 +52,33 @@ def load_scorer(name: str) -> Scorer:
     if "=" in name:
         return _external(name)
     raise ScorerError(f"scores: {name!r} is unknown; allowed: {', '.join(NAMES)}, and NAME=COMMAND")
+
+
+def check_scorer(name: str, *, scenes: bool, option: str = "scores") -> None:
+    """Whether a scorer can be there and judge such prompts; loads and runs nothing.
+
+    Args:
+        scenes: the prompts are of the embedded world, scenes known.
+
+    Raises:
+        ScorerError: naming `option` and what is allowed.
+    """
+    if name == "inspector" and not scenes:
+        raise ScorerError(
+            f"{option}: the inspector judges only prompts of the embedded world (emoji), "
+            "in `twostep evaluate`"
+        )
+    if "=" in name:
+        try:
+            command = ExternalScore(name).command[0]
+        except ValueError as error:
+            raise ScorerError(f"{option}: {error}") from error
+        if shutil.which(command) is None:
+            raise ScorerError(f"{option}: {name.partition('=')[0]}: no program {command!r} here")
+    elif name not in NAMES:
+        raise ScorerError(
+            f"{option}: {name[:200]!r} is unknown; allowed: {', '.join(NAMES)}, and NAME=COMMAND"
+        )
 
 
 def inspector_scores(inspector: Inspector, images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:

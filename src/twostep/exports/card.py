@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from twostep.evaluation.report.words import verdict
 from twostep.method.schedule import Schedule
 
@@ -122,12 +124,30 @@ def _origin(facts: Mapping[str, Any]) -> str:
     return text
 
 
+def _public(recipe: str) -> str:
+    """A recipe for a card: of folders and files on this machine the last name alone."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: public(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [public(each) for each in value]
+        is_place = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+        return Path(value).name if is_place else value
+
+    try:
+        values = yaml.safe_load(recipe)
+    except yaml.YAMLError:
+        return ""
+    return yaml.safe_dump(public(values), sort_keys=False, allow_unicode=True)
+
+
 def origin_of(student: Path) -> dict[str, Any]:
     """What a run folder around the student tells about it: recipe and figures, if there."""
     facts: dict[str, Any] = {}
     recipe = student.parent / "recipe.yaml"
     if recipe.is_file():
-        facts["recipe"] = recipe.read_text(encoding="utf-8")
+        facts["recipe"] = _public(recipe.read_text(encoding="utf-8"))
     for path in (student.parent / "check" / "metrics.json", student.parent / "report.json"):
         if path.is_file():
             facts["figures"] = json.loads(path.read_text(encoding="utf-8"))

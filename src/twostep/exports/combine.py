@@ -10,6 +10,7 @@ import torch
 
 from twostep.errors import ExportError
 from twostep.models.folder import ModelFolder
+from twostep.models.foreign import check_folder
 from twostep.models.student import PARTS, check_free, save_student
 from twostep.models.transformer import stored_transformer, stored_with_lora, transformer_with
 
@@ -26,6 +27,7 @@ def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
         ModelError: for a part that is not there or does not fit.
     """
     folder = ModelFolder.open(teacher)
+    folder.check_teacher("teacher")
     check_free(out)
     parts = [_part(folder, name) for name in (first, second)]
     if parts[0].config.dim != parts[1].config.dim:
@@ -38,6 +40,7 @@ def _part(teacher: ModelFolder, name: str) -> Any:
     if path.suffix == ".safetensors" and path.is_file():
         return stored_with_lora(teacher.base, "transformer", teacher.family.transformer, path)
     if (path / "config.json").is_file():
+        check_folder(path)
         return stored_transformer(path, None, teacher.family.transformer)
     return ModelFolder.open(name).stored_transformer("transformer")
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from twostep.errors import ExportError
 from twostep.exports.card import origin_of, student_card
 from twostep.exports.comfyui import export_comfyui
@@ -13,7 +16,7 @@ from twostep.exports.lora import copy_pair, export_lora
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.student import PARTS, check_free, write_student
-from twostep.runtime.files import write_text
+from twostep.runtime.files import new_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,37 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     folder = ModelFolder.open(student)
     folder.check_student("model")
     check_free(out)
-    return FORMATS[target](folder, out, options or ExportOptions())
+    options = options or ExportOptions()
+    _check_options(folder, target, options)
+    with new_folder(out) as temporary:
+        return FORMATS[target](folder, temporary, options)
+
+
+def _check_options(student: ModelFolder, target: str, options: ExportOptions) -> None:
+    """What would fail only after the weights are read."""
+    if target not in ("lora", "torch"):
+        return
+    student.latent_shape(options.size)
+    if target == "torch":
+        most = student.family.caption_tokens(student.architecture)
+        if options.caption_tokens > most:
+            raise ExportError(
+                f"caption_tokens: must be at most {most} for this model, "
+                f"got {options.caption_tokens}"
+            )
+        return
+    if student.kind == "lora_pair":  # copied as it is
+        return
+    if options.energy is not None and not 0 < options.energy <= 1:
+        raise ExportError(f"energy: must be above 0 and at most 1, got {options.energy}")
+    skeleton = student.family.without_weights(student.base, "transformer", torch.float32)
+    layers = [m for m in skeleton.modules() if isinstance(m, nn.Linear)]
+    most = max(min(layer.in_features, layer.out_features) for layer in layers)
+    if options.rank > most:
+        raise ExportError(
+            f"rank: must be at most {most}, the largest rank that a matrix of this model can have, "
+            f"got {options.rank}"
+        )
 
 
 def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
@@ -73,12 +106,15 @@ def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[
 
 def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     own = student.check_student("model").teacher
-    if own is not None:
-        return copy_pair(student, ModelFolder.open(options.teacher or own), out)
-    if options.teacher is None:
+    named = options.teacher or own
+    if named is None:
         raise ExportError("teacher: LoRA files belong to a model; name it")
+    teacher = ModelFolder.open(named)
+    teacher.check_teacher("teacher")
+    if own is not None:
+        return copy_pair(student, teacher, out)
     return export_lora(
-        student, ModelFolder.open(options.teacher), out,
+        student, teacher, out,
         rank=options.rank, energy=options.energy, check=options.check, size=options.size,
     )  # fmt: skip
 

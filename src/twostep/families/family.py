@@ -203,6 +203,10 @@ class Family(Protocol):
         """D, from the transformer's configuration."""
         ...
 
+    def caption_tokens(self, transformer: Mapping[str, Any]) -> int:
+        """The most tokens of a caption that the network has positions for."""
+        ...
+
     def depth(self, transformer: Mapping[str, Any]) -> int:
         """Main layers, from the transformer's configuration."""
         ...

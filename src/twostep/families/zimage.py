@@ -171,7 +171,7 @@ class ZImage:
     def load(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
         return self.as_velocity(
             ZImageTransformer2DModel.from_pretrained(
-                folder, subfolder=part, dtype=dtype, use_safetensors=True
+                folder, subfolder=part, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
         ).eval()
 
@@ -181,7 +181,7 @@ class ZImage:
         torch.set_default_dtype(dtype)
         try:
             with torch.device("meta"):
-                transformer = ZImageTransformer2DModel.from_config(config)
+                transformer = ZImageTransformer2DModel.from_config(config, trust_remote_code=False)
         finally:
             torch.set_default_dtype(default)
         return self.as_velocity(transformer).eval()
@@ -229,6 +229,11 @@ class ZImage:
 
     def caption_width(self, transformer: Mapping[str, Any]) -> int:
         return int(transformer["cap_feat_dim"])
+
+    def caption_tokens(self, transformer: Mapping[str, Any]) -> int:
+        """The image's tokens stand one after the padded caption's last, which begins at 1."""
+        frames = int(transformer["axes_lens"][0])
+        return (frames - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
 
     def depth(self, transformer: Mapping[str, Any]) -> int:
         return int(transformer["n_layers"])

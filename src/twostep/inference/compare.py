@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from twostep.errors import InputError
-from twostep.inference.generate import check_prompts, open_model
+from twostep.inference.generate import check_prompts, check_seeds, open_model
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import make_folder, write_atomically
 from twostep.runtime.images import labelled_rows, to_pil
 
 
@@ -38,6 +38,7 @@ def compare(
         InputError, ModelError: for what cannot be used.
     """
     check_prompts(prompts)
+    check_seeds(seed, count)
     if out.suffix != ".png":
         raise InputError(f"out: expected a .png file, got {out}")
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(count)]
@@ -59,6 +60,6 @@ def compare(
             raise InputError(f"model: two rows would be called {label!r}")
         rows[label] = [to_pil(image) for image in images]
     picture = labelled_rows(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_atomically(out, lambda path: picture.save(path, format="PNG"))
     return out

@@ -19,7 +19,7 @@ from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
 from twostep.runtime.devices import Memory, Placement
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import make_folder, sweep, write_atomically
 from twostep.runtime.images import tile, to_pil
 
 # Prompts that are encoded before the transformers are loaded, and remembered: about 1 GB of them.
@@ -30,6 +30,12 @@ def check_prompts(prompts: Sequence[str]) -> None:
     """Raises InputError if there is none, or one is empty."""
     if not prompts or not all(p.strip() for p in prompts):
         raise InputError("prompt: must not be empty")
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Raises InputError unless all of the seeds fit into 63 bits."""
+    if not 0 <= first <= 2**63 - count:
+        raise InputError(f"seed: {count} seeds from {first} leave 0..2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,9 @@ class Picture:
         }
         if self.preview is not None:
             record["preview"] = str(self.preview)
-        return json.dumps(record, ensure_ascii=False)
+        # Every script as it is; what could steer a terminal, escaped as JSON does.
+        text = json.dumps(record, ensure_ascii=False)
+        return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def open_model(
@@ -148,10 +156,12 @@ def generate(request: PictureRequest, out: Path) -> Iterator[Picture]:
         InputError, ModelError: before any picture is made.
     """
     check_prompts(request.prompts)
+    check_seeds(request.seed, request.count)
     folder = open_model(request.model, size=request.size, steps=request.steps, loras=request.loras)
     if request.preview:
         folder.check_student("preview")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    sweep(out)
     wanted = _pictures(request, folder.count_steps(request.steps), out)
     weights = folder.fingerprint[:16]
     facts = {picture: _facts(picture, request, weights) for picture in wanted}
@@ -171,7 +181,7 @@ def generate(request: PictureRequest, out: Path) -> Iterator[Picture]:
 
 def _pictures(request: PictureRequest, steps: int, out: Path) -> list[Picture]:
     """All that are wanted, as if they were there."""
-    return [
+    found = [
         Picture(
             path=path,
             prompt=prompt,
@@ -185,6 +195,15 @@ def _pictures(request: PictureRequest, steps: int, out: Path) -> list[Picture]:
         for number in range(request.seed, request.seed + request.count)
         for path in [out / f"{_slug(prompt)}-{number}-{steps}steps.png"]
     ]
+    owners: dict[str, str] = {}
+    for picture in found:
+        other = owners.setdefault(picture.path.name, picture.prompt)
+        if other != picture.prompt:
+            raise InputError(
+                f"prompt: {picture.prompt[:200]!r} and {other[:200]!r} would share the file "
+                f"{picture.path.name}; generate them into two folders"
+            )
+    return found
 
 
 def _make(
@@ -227,15 +246,20 @@ def _facts(picture: Picture, request: PictureRequest, weights: str) -> dict[str,
         "prompt": picture.prompt,
         "seed": str(picture.seed),
         "steps": str(picture.steps),
-        "model": picture.model,
+        "model": _public_name(picture.model),
         "size": f"{width}x{height}",
         "weights": weights,
     }
     if options.memory == "int8":
         facts["memory"] = options.memory
     if options.tiny_decoder is not None:
-        facts["decoder"] = options.tiny_decoder
+        facts["decoder"] = _public_name(options.tiny_decoder)
     return facts
+
+
+def _public_name(model: str) -> str:
+    """A model's name for a file that may be passed on: without the folders of this machine."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _is_there(picture: Picture, facts: dict[str, str]) -> bool:
@@ -267,9 +291,12 @@ def _beside(path: Path) -> Path:
 def _slug(prompt: str) -> str:
     """A file name from a prompt; word characters of any script are kept.
 
-    Long prompts and other characters are lost; a few digits of a checksum tell such prompts apart.
+    Long prompts and other characters are lost; 64 bits of a checksum tell such prompts apart.
     """
     words = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
+    # File systems count bytes; some hold 255 of them, with seed, steps and a suffix.
+    words = words.encode("utf-8", "replace")[:160].decode("utf-8", "ignore")
     if words.replace("-", " ") == prompt:
         return words
-    return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{words}-{digest[:16]}"

@@ -21,7 +21,7 @@ from twostep.families.family import Family, LatentSpace, PromptBatch
 from twostep.method.rollout import first_step, second_step
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
-from twostep.models.prompt_encoder import PromptEncoder
+from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.student import CLASS_NAME, STANDALONE
 from twostep.models.velocity import bind
 
@@ -62,7 +62,8 @@ class TwoStepPipeline(ZImagePipeline):
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
         self.register_modules(transformer_2=transformer_2)
         self.register_to_config(step2_sigma=step2_sigma, transition=transition)
-        self.encoder = PromptEncoder(tokenizer, text_encoder, cache_size=256)
+        most = min(MAX_TOKENS, family.caption_tokens(transformer.config))
+        self.encoder = PromptEncoder(tokenizer, text_encoder, cache_size=256, max_tokens=most)
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> TwoStepPipeline:
@@ -75,7 +76,8 @@ class TwoStepPipeline(ZImagePipeline):
         """
         folder = ModelFolder.open(os.fspath(model))
         folder.check_full_student("model")
-        pipe: TwoStepPipeline = super().from_pretrained(folder.path, **kwargs)
+        options = kwargs | {"trust_remote_code": False, "use_safetensors": True}
+        pipe: TwoStepPipeline = super().from_pretrained(folder.path, **options)
         return pipe
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from twostep.errors import ModelError
+from twostep.models.foreign import check_folder, named, read_object
 from twostep.models.locate import locate
 from twostep.runtime.images import pictures_at_once
 
@@ -27,9 +27,10 @@ class Decoder:
 
     @staticmethod
     def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-        vae = AutoencoderKL.from_pretrained(
-            folder, subfolder="vae", dtype=dtype, use_safetensors=True
-        )
+        with named(folder / "vae"):
+            vae = AutoencoderKL.from_pretrained(
+                folder, subfolder="vae", dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
         return Decoder(vae.eval())
 
     @staticmethod
@@ -43,14 +44,20 @@ class Decoder:
             ModelError: if there is none, or it is made for other latents.
         """
         folder = locate(name, ("*.json", "*.safetensors"))
+        check_folder(folder)
         config = folder / "config.json"
-        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        found = read_object(config) if config.is_file() else {}
         if found.get("_class_name") != "AutoencoderTiny":
             raise ModelError(
                 f"decoder: {name} must hold an AutoencoderTiny, "
                 f"its config.json says {found.get('_class_name')}"
             )
-        tiny = Decoder(AutoencoderTiny.from_pretrained(folder, dtype=dtype, use_safetensors=True))
+        with named(folder):
+            tiny = Decoder(
+                AutoencoderTiny.from_pretrained(
+                    folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                )
+            )
         shapes = [(d.vae.config.latent_channels, d.scale) for d in (tiny, like)]
         if shapes[0] != shapes[1]:
             raise ModelError(

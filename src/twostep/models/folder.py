@@ -21,10 +21,11 @@ from twostep.families.family import Family, LatentSpace
 from twostep.method.schedule import Schedule
 from twostep.models.adapters import load_lora_pair
 from twostep.models.codec import Decoder
+from twostep.models.foreign import check_folder, named
 from twostep.models.locate import WEIGHTS, locate
 from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
-from twostep.models.prompt_encoder import PromptEncoder
+from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.student import PARTS, STEPS, StudentIndex, read_json
 from twostep.models.transformer import stored_transformer, stored_with_lora
 from twostep.models.velocity import Velocity
@@ -66,10 +67,14 @@ class ModelFolder:
         """
         name = str(name)
         path = locate(name, patterns)
+        check_folder(path)
         student = StudentIndex.read(path)
         base = path
         if student is not None and student.teacher is not None:
             base = locate(student.teacher, patterns)
+            check_folder(base)
+            if StudentIndex.read(base) is not None:
+                raise ModelError(f"{path}: its teacher {student.teacher} is a two-step student")
         return ModelFolder(name, path, base, family=_family(base), student=student)
 
     def with_loras(self, files: Sequence[LoraFile]) -> ModelFolder:
@@ -150,6 +155,13 @@ class ModelFolder:
             raise ModelError(f"{option}: {self.name} is no two-step student")
         return self.student
 
+    def check_teacher(self, option: str) -> None:
+        """Raises ModelError, naming `option`, if it is a student: it has no field of its own."""
+        if self.student is not None:
+            raise ModelError(
+                f"{option}: {self.name} is a two-step student, expected a model of one transformer"
+            )
+
     def check_full_student(self, option: str) -> None:
         """Raises ModelError, naming `option`, if it is not a student of two transformers."""
         if self.check_student(option).kind != "student":
@@ -176,7 +188,8 @@ class ModelFolder:
 
     def load(self, part: str, dtype: torch.dtype) -> Any:
         """One of its transformers as a velocity, its LoRA files added, on the CPU."""
-        model = self.family.load(self.base, part, dtype)
+        with named(self.base / part):
+            model = self.family.load(self.base, part, dtype)
         self.add_loras(model)
         return model
 
@@ -214,7 +227,10 @@ class ModelFolder:
         prompt_cache: Path | None = None,
     ) -> PromptEncoder:
         """Its prompt encoder; weights are read when they are needed."""
-        encoder = PromptEncoder.load(self.base, placement.dtype, cache_size, prompt_cache)
+        most = self.family.caption_tokens(self.architecture)
+        encoder = PromptEncoder.load(
+            self.base, placement.dtype, cache_size, prompt_cache, max_tokens=min(most, MAX_TOKENS)
+        )
         return encoder.to(placement.device)
 
     def decoder(self, placement: Placement, tiny: str | None = None) -> Decoder:

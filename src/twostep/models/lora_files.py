@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from twostep.errors import ModelError
 from twostep.families.family import Family
+from twostep.models.foreign import check_header
 from twostep.runtime.distributed import own_part
 
 # PEFT's own prefix, in files that its trainers write.
@@ -160,6 +161,7 @@ def _named(file: LoraFile, base: Path) -> Iterator[None]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """A file's tensors, PEFT's prefix replaced by diffusers', and its LoRA's configuration."""
+    check_header(path)
     with safe_open(path, "pt") as file:
         metadata = json.loads((file.metadata() or {}).get(_METADATA, "null"))
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from twostep.errors import ExportError, ModelError
 from twostep.method.schedule import Schedule
+from twostep.models.foreign import read_object
 from twostep.models.lora_files import rank_of, save_lora
 from twostep.models.transformer import transformer_with
-from twostep.runtime.files import replace_folder, write_json
+from twostep.runtime.files import new_folder, write_json
 
 # What the folder's model_index.json names: the class in its own pipeline.py. Opened as a plain
 # ZImagePipeline, diffusers then refuses to load it instead of dropping the second transformer.
@@ -30,6 +31,8 @@ STANDALONE = Path(__file__).with_name("standalone_pipeline.py")
 LORA_INDEX = "twostep.json"
 STEPS = ("first", "second")
 PARTS = ("transformer", "transformer_2")
+# What is copied of a teacher's other parts.
+_COPIED = {".json", ".jinja", ".txt", ".safetensors", ".model"}
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: if it is missing or no JSON object.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} must hold an object, found {type(values).__name__}")
-    return values
+    return read_object(path)
 
 
 def check_free(out: Path) -> None:
     """Raises ExportError if the folder `out` has anything in it."""
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"out: {out} is a file, expected a new folder")
+    if out.is_dir() and any(out.iterdir()):
         raise ExportError(f"out: {out} is not empty")
 
 
@@ -139,26 +138,45 @@ def write_student(
             for when the first is written and let go.
         folder: replaced if it exists, at the very end.
         dtype: of the weights; None: as they are.
+
+    Raises:
+        WriteError: if the disk refuses.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
-        shutil.copytree(teacher / part, temporary / part)
-    steps = iter(transformers)
-    for name in PARTS:
-        transformer = next(steps)
-        weights = {k: v.detach().to("cpu", dtype) for k, v in transformer.state_dict().items()}
-        transformer_with(transformer, weights).save_pretrained(temporary / name)
-        del transformer, weights
-    index = read_json(teacher / "model_index.json")
-    shutil.copyfile(STANDALONE, temporary / "pipeline.py")
-    index["_class_name"] = CLASS_NAME
-    index["transformer_2"] = index["transformer"]
-    index["step2_sigma"] = schedule.step2_sigma
-    index["transition"] = schedule.transition
-    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    replace_folder(temporary, folder)
+    with new_folder(folder) as temporary:
+        for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
+            _copy_part(teacher / part, temporary / part)
+        steps = iter(transformers)
+        for name in PARTS:
+            transformer = next(steps)
+            weights = {k: v.detach().to("cpu", dtype) for k, v in transformer.state_dict().items()}
+            transformer_with(transformer, weights).save_pretrained(temporary / name)
+            del transformer, weights
+        index = read_json(teacher / "model_index.json")
+        shutil.copyfile(STANDALONE, temporary / "pipeline.py")
+        index["_class_name"] = CLASS_NAME
+        index["transformer_2"] = index["transformer"]
+        index["step2_sigma"] = schedule.step2_sigma
+        index["transition"] = schedule.transition
+        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for path in temporary.glob("*/*config.json"):
+            _forget_places(path)
+
+
+def _copy_part(part: Path, target: Path) -> None:
+    """What a loader of ours reads of a part; of links their content."""
+    target.mkdir()
+    for path in sorted(part.rglob("*")):
+        if path.is_file() and path.suffix in _COPIED:
+            copy = target / path.relative_to(part)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def _forget_places(path: Path) -> None:
+    """Drops the folder of this machine that a configuration was read from."""
+    config = read_json(path)
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_lora_pair(
@@ -175,13 +193,10 @@ def write_lora_pair(
         pair: each step's matrices, as `save_lora` takes them.
         teacher: as in `StudentIndex`.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for step, weights in zip(STEPS, pair, strict=True):
-        save_lora(weights, rank_of(weights), temporary, f"{step}.safetensors")
-    write_lora_index(temporary, teacher=teacher, schedule=schedule)
-    replace_folder(temporary, folder)
+    with new_folder(folder) as temporary:
+        for step, weights in zip(STEPS, pair, strict=True):
+            save_lora(weights, rank_of(weights), temporary, f"{step}.safetensors")
+        write_lora_index(temporary, teacher=teacher, schedule=schedule)
 
 
 def write_lora_index(folder: Path, *, teacher: str, schedule: Schedule) -> None:

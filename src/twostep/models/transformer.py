@@ -10,13 +10,17 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from twostep.models.foreign import named
 from twostep.runtime.distributed import gathered
 
 
 def stored_transformer(folder: Path, part: str | None, class_name: str) -> Any:
     """A transformer in the dtype that it is stored in; `part` None for a folder of its own."""
     kind: Any = getattr(diffusers, class_name)
-    return kind.from_pretrained(folder, subfolder=part, use_safetensors=True)
+    with named(folder / (part or "")):
+        return kind.from_pretrained(
+            folder, subfolder=part, use_safetensors=True, trust_remote_code=False
+        )
 
 
 def stored_with_lora(folder: Path, part: str, class_name: str, file: Path) -> Any:
@@ -33,7 +37,7 @@ def transformer_with(like: nn.Module, weights: Mapping[str, Tensor]) -> Any:
     # Sharding and our own forward put classes before diffusers' own.
     stock: Any = next(c for c in type(like).__mro__ if getattr(diffusers, c.__name__, None) is c)
     with torch.device("meta"):
-        shell = stock.from_config(like.config)
+        shell = stock.from_config(like.config, trust_remote_code=False)
     shell.load_state_dict(weights, assign=True)
     return shell
 

@@ -42,7 +42,7 @@ def text_encoder_of(folder: ModelFolder, dtype: torch.dtype) -> Any:
     """The text encoder, on the meta device."""
     config = AutoConfig.for_model(**folder.config("text_encoder"))
     with torch.device("meta"):
-        return AutoModel.from_config(config, dtype=dtype).eval()
+        return AutoModel.from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 
 def encoding_stage(

@@ -44,7 +44,7 @@ def vae_without_weights(folder: ModelFolder) -> Any:
     """The folder's VAE on the meta device."""
     with torch.device("meta"):
         config = AutoencoderKL.load_config(folder.base, subfolder="vae")
-        return AutoencoderKL.from_config(config).eval()
+        return AutoencoderKL.from_config(config, trust_remote_code=False).eval()
 
 
 def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from twostep.errors import RecipeError
+from twostep.recipe.reading import read_file, read_value, short
 from twostep.recipe.schema import Recipe
 from twostep.zoo import recipe_path
 
+_MOST_LINES = 8
 # Keys of earlier versions: what to write now, by the value that was given; "" for any other.
 RENAMED: dict[str, dict[str, str]] = {
     "student.parameters": {
@@ -37,12 +38,7 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: unreadable file, unknown key, or a value out of range.
     """
     path = recipe_path(name)
-    if not path.is_file():
-        raise RecipeError(f"no recipe at {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    values = read_file(path)
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping, found {type(values).__name__}")
     for override in overrides:
@@ -59,34 +55,26 @@ def parse(values: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(e) for e in error.errors())) from error
+        found = error.errors(include_url=False, include_context=False)
+        lines = [_explain(e)[:500] for e in found[:_MOST_LINES]]
+        if len(found) > _MOST_LINES:
+            lines.append(f"and {len(found) - _MOST_LINES} mistakes more")
+        raise RecipeError("\n".join(lines)) from error
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise RecipeError(f"override {override!r}: expected key=value, e.g. training.turns=500")
+        raise RecipeError(
+            f"override {short(override)}: expected key=value, e.g. training.turns=500"
+        )
     *parents, leaf = key.split(".")
     for parent in parents:
         section = values.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise RecipeError(f"override {override!r}: {parent} is not a section")
+            raise RecipeError(f"override {short(override)}: {parent[:100]} is not a section")
         values = section
-    try:
-        values[leaf] = yaml.load(text, Loader=_OverrideLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
-
-
-class _OverrideLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people who type it mean a number."""
-
-
-_OverrideLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+    values[leaf] = read_value(text, override)
 
 
 def _explain(error: Any) -> str:
@@ -103,7 +91,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {error['input']!r}" if key else message
+    return f"{key}: {message}, got {short(error['input'])}" if key else message
 
 
 def _keys_of_section(path: list[str]) -> list[str]:

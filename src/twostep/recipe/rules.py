@@ -19,8 +19,38 @@ MAY_CHANGE = frozenset(
 )  # fmt: skip
 
 
+# Where things are, not what they are.
+PLACES = ("data.cache", "data.cache_copies", "data.cache_copies_gib", "teacher.model")
+
+
+# The most that a count may be: above it something hangs, or no machine has the memory.
+MOST = {
+    "teacher.steps": 10_000,
+    "score.fit_turns": 10**12,
+    "data.prompt_count": 100_000_000,
+    "data.samples_per_prompt": 100_000,
+    "data.samples_per_file": 10_000_000,
+    "data.height": 65_536,
+    "data.width": 65_536,
+    "student.rank": 65_536,
+    "losses.warmup_turns": 10**12,
+    "critic.width": 65_536,
+    "training.turns": 10**12,
+    "training.batch_size": 1_000_000,
+    "training.critic_turns": 10_000,
+    "training.critic_warmup_turns": 10**9,
+    "training.validation_samples": 1_000_000,
+    "training.sample_prompts": 1_000,
+    "training.keep_checkpoints": 100_000,
+    "training.max_non_finite": 10**9,
+}
+_MOST_EMOJI = 1_000_000
+
+
 def check(recipe: Recipe) -> None:
-    """Raises ValueError for settings that are each allowed, but not together."""
+    """Raises ValueError for settings that are each allowed, but not together, or too large."""
+    _numbers_have_limits(recipe)
+    _something_is_learnt(recipe)
     _guidance_has_a_source(recipe)
     _lora_fits(recipe)
     _sharding_fits(recipe)
@@ -32,6 +62,50 @@ def check(recipe: Recipe) -> None:
             f"losses.warmup_turns ({recipe.losses.warmup_turns}) exceeds "
             f"training.turns ({recipe.training.turns})"
         )
+
+
+def _numbers_have_limits(recipe: Recipe) -> None:
+    values = flatten(recipe.model_dump(mode="python"))
+    for key, most in MOST.items():
+        if values[key] > most:
+            raise ValueError(f"{key}: must be at most {most}, got {_shown(values[key])}")
+    if recipe.data.prompts == "emoji" and recipe.data.prompt_count > _MOST_EMOJI:
+        raise ValueError(
+            f"data.prompt_count: the embedded world has {_MOST_EMOJI} scenes at most, "
+            f"got {recipe.data.prompt_count}"
+        )
+    for key in ("data.seed", "training.seed"):
+        if not 0 <= values[key] < 2**63:
+            raise ValueError(f"{key}: must be from 0 to 2^63 - 1, got {_shown(values[key])}")
+    for key in ("score.betas", "fake.betas", "training.betas"):
+        if any(beta >= 1 for beta in values[key] or ()):
+            raise ValueError(f"{key}: each must be below 1, got {list(values[key])}")
+    low, high = recipe.critic.tau_range
+    if low >= high:
+        raise ValueError(f"critic.tau_range: must ascend, got {[low, high]}")
+    if recipe.training.validation_samples < 2:
+        raise ValueError("training.validation_samples: must be at least 2, two seeds of a prompt")
+    if str(recipe.output).startswith("~"):
+        raise ValueError(f"output: ~ is not read as a home folder here, got {str(recipe.output)!r}")
+
+
+def _shown(number: int) -> str:
+    return str(number) if abs(number) < 10**30 else "a number of more than 30 digits"
+
+
+def _something_is_learnt(recipe: Recipe) -> None:
+    """After the warm-up, too."""
+    losses = recipe.losses
+    if losses.consistency or recipe.training.turns <= losses.warmup_turns:
+        return
+    for step in (losses.final, losses.step1):
+        terms = (step.distribution_matching, step.guidance_augmentation)
+        if step.weight and any((*terms, step.adversarial, step.regression)):
+            return
+    raise ValueError(
+        "losses.final and losses.step1: a weight above 0, with a term above 0, is needed in one of "
+        "them, or every turn must be of the warm-up (losses.warmup_turns)"
+    )
 
 
 def _guidance_has_a_source(recipe: Recipe) -> None:
@@ -89,9 +163,21 @@ def _pairs_fit(recipe: Recipe) -> None:
         )
 
 
-def differences(begun: Recipe, now: Recipe) -> list[str]:
-    """What `now` may not change of the run that `begun` began, a phrase for each key."""
+def differences(begun: Recipe, now: Recipe, *, same_data: bool = False) -> list[str]:
+    """What `now` may not change of the run that `begun` began, a phrase for each key.
+
+    Args:
+        same_data: the teacher's weights and the cache's contents are known to be the same, whatever
+            their folders are called now.
+    """
     before, after = (flatten(recipe.model_dump(mode="json")) for recipe in (begun, now))
+    for values in (before, after):
+        for key in ("output", "name", *(PLACES if same_data else ())):
+            values.pop(key, None)
+        if same_data:
+            values["teacher.loras"] = [
+                {k: v for k, v in lora.items() if k != "path"} for lora in values["teacher.loras"]
+            ]
     return [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

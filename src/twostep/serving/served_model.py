@@ -159,11 +159,12 @@ class _SharedParts:
 
     def encoder(self, folder: ModelFolder) -> PromptEncoder:
         parts = (folder_fingerprint(folder.base / part) for part in ("text_encoder", "tokenizer"))
-        key = "-".join(parts)
+        key = f"{'-'.join(parts)}-{folder.family.caption_tokens(folder.architecture)}"
         if key not in self._encoders:
             self._encoders[key] = folder.encoder(
                 self.options.placement, prompt_cache=self.options.prompt_cache
             )
+            self._encoders[key].on_cut = lambda prompt, tokens: None  # no prompt in the log
         return self._encoders[key]
 
     def decoder(self, folder: ModelFolder) -> Decoder:

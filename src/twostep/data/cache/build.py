@@ -29,7 +29,7 @@ from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import Placement, pick_device
 from twostep.runtime.files import write_atomically, write_json
 from twostep.runtime.images import pictures_at_once
-from twostep.runtime.processes import Share, local_device, wait_for
+from twostep.runtime.processes import Share, beat, end_beats, local_device, wait_for
 from twostep.runtime.progress import progress_bar
 
 
@@ -58,13 +58,19 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
     finishes = share.is_first and (repair or missing != [] or not _has_manifest(spec))
     if missing or finishes:
         spec.folder.mkdir(parents=True, exist_ok=True)
+        beat(spec.folder, share)
         encoded = EncodedPrompts.encode(spec, missing, placement, hidden=not share.is_first)
     count = sum(shard.count for shard in own)
     with progress_bar("teach", count, unit="samples", hidden=not share.is_first) as advance:
+
+        def on_samples(made: int) -> None:
+            advance(made)
+            beat(spec.folder, share)
+
         advance(count - sum(shard.count for shard in missing))
         if missing:
             velocity, *_ = spec.teacher.velocities(placement)
-            build(spec, velocity, missing, encoded=encoded, device=device, on_samples=advance)
+            build(spec, velocity, missing, encoded=encoded, device=device, on_samples=on_samples)
     shards = range(len(spec.shards))
     left = list(shards)
 
@@ -73,12 +79,25 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
             left.pop()
         return not left
 
-    wait_for(all_there, "the other processes")
+    wait_for(all_there, share, what=lambda: _fault_of(spec, left[-1]), folder=spec.folder)
     if finishes:
         _finish(spec, encoded)
     else:
-        wait_for(partial(_has_manifest, spec), "the first process")
+        wait_for(
+            partial(_has_manifest, spec),
+            share,
+            what=lambda: f"{manifest} is not written for this recipe",
+            folder=spec.folder,
+        )
+    if share.size > 1 and share.is_first:
+        end_beats(spec.folder)
     return TeacherCache(spec, trusted=shards)
+
+
+def _fault_of(spec: CacheSpec, shard: int) -> str:
+    """What keeps a shard from being read, in words."""
+    fault = check_shard(spec, shard, whole=False)
+    return f"{shard_files(spec.folder, shard)[0]} is missing" if fault == "missing" else str(fault)
 
 
 def find_missing(spec: CacheSpec, shards: Sequence[Shard], *, repair: bool = False) -> list[Shard]:

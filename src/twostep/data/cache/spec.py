@@ -71,16 +71,10 @@ class CacheSpec:
     def of(recipe: Recipe) -> CacheSpec:
         """Raises ModelError, PromptError or RecipeError for what the recipe names wrongly."""
         teacher, data = open_teacher(recipe), recipe.data
-        for size in data.sizes:
-            try:
-                teacher.space.shape(*size)
-            except ValueError as error:
-                raise RecipeError(f"data.height, width or other_sizes: {error}") from error
+        check_sizes(recipe, teacher)
         if is_url(data.cache):
             open_location(data.cache)
         schedule = recipe_schedule(recipe, teacher)
-        if recipe.losses.warmup_step1_target == "trajectory":
-            _check_on_grid(schedule, recipe.teacher.steps)
         prompts = load_prompts(
             data.prompts,
             data.prompt_count,
@@ -176,13 +170,26 @@ def open_teacher(recipe: Recipe) -> ModelFolder:
     """The recipe's teacher with its LoRA files; loads no weights of it.
 
     Raises:
-        ModelError: for a folder or a LoRA file that is missing or does not fit.
+        ModelError: for a folder or a LoRA file that is missing or does not fit, or for a student.
     """
     loras = [
         LoraFile.open(lora.path, lora.scale, option=f"teacher.loras[{index}]", sha256=lora.sha256)
         for index, lora in enumerate(recipe.teacher.loras)
     ]
-    return ModelFolder.open(recipe.teacher.model).with_loras(loras)
+    teacher = ModelFolder.open(recipe.teacher.model)
+    teacher.check_teacher("teacher.model")
+    return teacher.with_loras(loras)
+
+
+def check_sizes(recipe: Recipe, teacher: ModelFolder) -> None:
+    """Raises RecipeError for a size or a warm-up that the teacher does not take."""
+    for size in recipe.data.sizes:
+        try:
+            teacher.space.shape(*size)
+        except ValueError as error:
+            raise RecipeError(f"data.height, width or other_sizes: {error}") from error
+    if recipe.losses.warmup_step1_target == "trajectory":
+        _check_on_grid(recipe_schedule(recipe, teacher), recipe.teacher.steps)
 
 
 def recipe_schedule(recipe: Recipe, teacher: ModelFolder) -> Schedule:

@@ -225,6 +225,8 @@ def _check_critic_layers(recipe: Recipe, teacher: ModelFolder) -> None:
 
 
 def _check_score(teacher: ModelFolder, score: ModelFolder | None) -> None:
+    if score is not None:
+        score.check_teacher("score.model")
     if score is not None and score.space.channels != teacher.space.channels:
         raise RecipeError(
             f"score.model: has {score.space.channels} latent channels, the teacher has "
