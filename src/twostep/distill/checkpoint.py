@@ -48,6 +48,9 @@ class Progress:
             they were of: score, critic, student (joint turns too), validation.
         best_distance: the least kernel distance of a validation, after `best_turn` turns; with
             `training.best_by: score` the highest score, negative.
+        best_metrics: of that validation.
+        start_distance: the kernel distance of the teacher's own weights in two steps.
+        score_start, score_loss: the score's loss when its fit began, and lately.
     """
 
     score_turn: int = 0
@@ -60,6 +63,10 @@ class Progress:
     fit_evaluations: int = 0
     best_distance: float | None = None
     best_turn: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    start_distance: float | None = None
+    score_start: float | None = None
+    score_loss: float | None = None
 
     def count(self, kind: str, *, accepted: bool) -> int:
         """Counts an update of a kind; how many of it were refused in a row."""

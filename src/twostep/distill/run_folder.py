@@ -109,6 +109,12 @@ class RunFolder:
         write_text(self.recipe, recipe.to_yaml())
         write_json(self.path / "run.json", description)
 
+    def end(self, outcome: dict[str, Any]) -> None:
+        """Adds how the run ended to run.json."""
+        path = self.path / "run.json"
+        said = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, said | {"outcome": outcome})
+
     def is_ours(self) -> bool:
         """Whether `describe` wrote here."""
         try:

@@ -19,6 +19,7 @@ from twostep.distill.monitor import Monitor
 from twostep.distill.objectives.build import build_roles, load_whole
 from twostep.distill.objectives.turns import Objectives
 from twostep.distill.optimizers import build_optimizers
+from twostep.distill.outcome import Outcome, followed
 from twostep.distill.progress import TurnProgress
 from twostep.distill.rates import rates, score_rate
 from twostep.distill.run_folder import RunFolder
@@ -115,9 +116,17 @@ class Trainer:
         try:
             checkup = self._run()
             self._check_learnt()
-            return checkup.best.export(self.cache.spec)
+            student = checkup.best.export(self.cache.spec)
+            if self.world.is_first:
+                self.folder.end(self.outcome.as_dict())
+            return student
         finally:
             self.world.leave()
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the run went so far."""
+        return Outcome.of(self.progress)
 
     def _check_learnt(self) -> None:
         """Raises TrainingStopped where no update of the student was ever taken."""
@@ -216,6 +225,10 @@ class Trainer:
         if self._number % self.recipe.training.log_every:
             return {}
         logged = {key: float(value) for key, value in terms.items() if key != "loss"}
+        loss = float(terms["loss"])
+        progress.score_loss = followed(progress.score_loss, loss)
+        if progress.score_start is None:
+            progress.score_start = loss
         return logged | self._skipped()
 
     def _skipped(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from twostep.evaluation.entries import Entry
 from twostep.evaluation.prompts import PromptSet
-from twostep.inference.sampler import Sampler
+from twostep.inference.sampler import Sampler, check_pictures
 from twostep.models.folder import ModelFolder
 from twostep.runtime.devices import Memory
 from twostep.runtime.files import write_atomically
@@ -84,7 +84,8 @@ class ImageStore:
             self.entry.steps,
             guidance_scale=self.entry.guidance_scale,
         )
-        tensors = {"images": to_bytes(sampler.decoder.decode(sample.latents))}
+        images = check_pictures(sampler.decoder.decode(sample.latents), self.prompts.captions[rows])
+        tensors = {"images": to_bytes(images)}
         if sample.preview is not None:
             tensors["previews"] = to_bytes(sampler.decoder.decode(sample.preview))
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -151,11 +151,26 @@ def build(
             field = guided_field(velocity, batch, empty, spec.guidance_scale)
             noise = seeded_noise(seeds[rows], spec.teacher.space.shape(*shard.size)).to(device)
             result, middle = _teacher_samples(spec, field, noise)
+            prompts = [shard.prompts[i] for i in owners[rows]]
+            _check_finite([result, *middle], prompts, spec)
             latents.append(result.cpu())
             middles.extend(x.cpu() for x in middle)
             on_samples(len(noise))
         _write_shard(spec, shard, seeds, embeds, latents=latents, middles=middles)
         encoded.remove(shard)
+
+
+def _check_finite(tensors: Sequence[Tensor], prompts: Sequence[str], spec: CacheSpec) -> None:
+    """Raises CacheError, naming the prompts, for samples that nobody could learn from."""
+    finite = torch.stack([t.flatten(1).isfinite().all(1) for t in tensors]).all(0).tolist()
+    bad = list(dict.fromkeys(p for p, good in zip(prompts, finite, strict=True) if not good))
+    if bad:
+        shown = ", ".join(repr(prompt[:60]) for prompt in bad[:3])
+        raise CacheError(
+            f"teacher.model: {spec.teacher.name} gives images that are not finite for "
+            f"{len(bad)} of {len(set(prompts))} prompts, such as {shown}; nothing of them is "
+            f"cached. Look at its weights, or at teacher.dtype ({spec.dtype})"
+        )
 
 
 def _teacher_samples(
