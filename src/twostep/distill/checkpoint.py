@@ -25,6 +25,7 @@ from twostep.distill.tensor_files import (
 )
 from twostep.errors import UserError
 from twostep.runtime.distributed import World
+from twostep.runtime.files import make_folder, writing
 
 # 2: networks without a wrapper around them, random numbers in named streams.
 # 3: a fitted score lies beside the checkpoints, not in each.
@@ -148,7 +149,7 @@ class TrainingState:
         temporary = folder / f".{target.name}.tmp"
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            make_folder(temporary)
             record = {
                 "version": VERSION,
                 "progress": asdict(self.progress),
@@ -160,10 +161,12 @@ class TrainingState:
                     for name, optimizer in self.optimizers.items()
                 },
             }
-            (temporary / "state.json").write_text(json.dumps(record, indent=1))
+            with writing(target):
+                (temporary / "state.json").write_text(json.dumps(record, indent=1))
         world.wait()
         start = save_in_background if background else save_tensors
-        written = start(self._tensors(), temporary, "state.safetensors", world)
+        with writing(target):
+            written = start(self._tensors(), temporary, "state.safetensors", world)
         self._writing = _Writing(temporary, target, keep, written)
         if not background:
             self.settle(world, wait=True)
@@ -175,13 +178,14 @@ class TrainingState:
         Args:
             wait: for one that is still being written; all processes must call it then.
         """
-        writing = self._writing
-        if writing is not None and (wait or writing.is_done()):
+        unnamed = self._writing
+        if unnamed is not None and (wait or unnamed.is_done()):
             self._writing = None
-            if writing.future is not None:
-                writing.future.result()
-            if world.is_first:
-                writing.commit()
+            with writing(unnamed.target):
+                if unnamed.future is not None:
+                    unnamed.future.result()
+                if world.is_first:
+                    unnamed.commit()
         if wait:
             world.wait()
 

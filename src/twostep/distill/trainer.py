@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twostep.data.cache.read import TeacherCache
 from twostep.distill.batches import Batches, rows_of
-from twostep.distill.checkpoint import Progress, TrainingState
+from twostep.distill.checkpoint import CheckpointError, Progress, TrainingState
 from twostep.distill.checkup import Checkup
 from twostep.distill.ema import Ema
 from twostep.distill.monitor import Monitor
@@ -84,6 +84,7 @@ class Trainer:
         )
         self.updates = build_updates(self.roles, self.state, gradients)
         checkpoint = self.folder.last_checkpoint()
+        self._begun_at = checkpoint
         if checkpoint is not None:
             self.state.load(checkpoint, self.folder.frozen)
 
@@ -114,11 +115,16 @@ class Trainer:
             TrainingStopped: too many turns in a row were not finite.
         """
         try:
-            checkup = self._run()
-            self._check_learnt()
-            student = checkup.best.export(self.cache.spec)
-            if self.world.is_first:
-                self.folder.end(self.outcome.as_dict())
+            with self.folder.taken() if self.world.is_first else nullcontext():
+                if self.folder.last_checkpoint() != self._begun_at:
+                    raise CheckpointError(
+                        f"{self.folder.path} was changed by another process; run it again"
+                    )
+                checkup = self._run()
+                self._check_learnt()
+                student = checkup.best.export(self.cache.spec)
+                if self.world.is_first:
+                    self.folder.end(self.outcome.as_dict())
             return student
         finally:
             self.world.leave()

@@ -24,7 +24,7 @@ from twostep.evaluation.prompts import PromptSet
 from twostep.inference.sampler import Sampler, check_pictures
 from twostep.models.folder import ModelFolder
 from twostep.runtime.devices import Memory
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import make_folder, write_atomically
 from twostep.runtime.images import to_bytes
 from twostep.runtime.processes import ALONE, Share
 
@@ -88,7 +88,7 @@ class ImageStore:
         tensors = {"images": to_bytes(images)}
         if sample.preview is not None:
             tensors["previews"] = to_bytes(sampler.decoder.decode(sample.preview))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         metadata = {"fingerprint": self.fingerprint}
         write_atomically(self._path(part), lambda p: save_file(tensors, p, metadata))
 
