@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a line without end": ("p.txt", b"x" * (1 << 21), r"p\.txt:1: a line of more than 1048576"),
     "only spaces": ("p.txt", b" \n\n", "holds no prompts"),
     "no object": ("p.jsonl", b'{"prompt": "a"}\n[1]\n', r"p\.jsonl:2: expected an object"),
-    "no string": ("p.jsonl", b'{"prompt": {"a": [1]}}\n', r"p\.jsonl:1: prompt must be a string, got dict"),
+    "no string": ("p.jsonl", b'{"prompt": {"a": [1]}}\n', r"p\.jsonl:1: prompt must be a string, got \{'a'"),
     "nested": ("p.jsonl", b'{"prompt": ' + b"[" * 50_000, r"p\.jsonl:1: expected an object"),
     "long integer": ("p.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", r"p\.jsonl:1: expected an object"),
     "half a character": ("p.jsonl", b'{"prompt": "a\\ud800"}', r"p\.jsonl:1: half a character"),

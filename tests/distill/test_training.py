@@ -584,7 +584,7 @@ def test_signal_saves_and_the_run_goes_on(make_recipe: Make, tmp_path: Path) -> 
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert "SIGTERM" in errors
     assert "Traceback" not in errors
     reached = Trainer(recipe, open_cache(recipe)).progress.turn

@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "init no student": ({"student": {"init": "zoo:emoji-teacher"}}, r"^student\.init: .* no two-step"),
     "no score": ({"score": {"model": "/none"}}, "no model folder at '/none'"),
     "score a student": ({"score": {"model": "zoo:emoji-student"}}, r"^score\.model: .* student"),
-    "no reals": ({"data": {"reals": "/none"}}, r"^data\.reals: no folder at '/none'"),
+    "no reals": ({"data": {"reals": "/none"}}, r"^data\.reals: no images in '/none', which is no folder"),
     "empty reals": ({"data": {"reals": "HERE/empty"}}, r"^data\.reals: no images"),
     "broken real": ({"data": {"reals": "HERE/reals"}}, "broken.png cannot be read as an image"),
     "no module": (

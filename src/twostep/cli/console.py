@@ -8,13 +8,18 @@ _out, _notes = Console(), Console(stderr=True)
 
 
 def say(text: object) -> None:
-    """A line, or a table, for people; numbers and paths stay uncoloured."""
-    _out.print(text, highlight=False)
+    """A line, or a table, for people; numbers and paths stay uncoloured and as they are."""
+    _out.print(text, highlight=False, markup=False)
 
 
 def note(text: str) -> None:
     """How far the work is, in rich's markup, on stderr."""
     _notes.print(text, highlight=False)
+
+
+def alarm(text: str) -> None:
+    """A line that must not be missed, in red where there is colour, on stderr."""
+    _notes.print(text, style="bold red", markup=False, highlight=False)
 
 
 def quiet() -> None:

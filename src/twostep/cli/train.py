@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from twostep.cli.arguments import OverridesArgument, RecipeArgument
-from twostep.cli.console import quiet, say
+from twostep.cli.console import alarm, quiet, say
 
 
 def teach(
@@ -45,6 +45,8 @@ def distill(
 ) -> None:
     """Distil the teacher into two steps. Run it again to resume; builds the cache if need be.
 
+    Ends with 3 where the student came out worse than the teacher's own weights in two steps.
+
     Example: twostep distill zoo:emoji-demo training.turns=500
     """
     from twostep.planning import preflight
@@ -62,13 +64,19 @@ def distill(
     if ray is not None:
         from twostep.distill import on_ray
 
-        folder = on_ray.distill_on_ray(resolved, ray)
+        folder, outcome = on_ray.distill_on_ray(resolved, ray), None
     else:
         from twostep.data.cache import build
         from twostep.distill import trainer
 
-        folder = trainer.Trainer(resolved, build.open_cache(resolved)).train()
+        run = trainer.Trainer(resolved, build.open_cache(resolved))
+        folder = run.train()
+        outcome = run.outcome
     say(f"student: {folder}")
+    if outcome is not None:
+        for line in outcome.warnings():
+            alarm(line)
+        outcome.check()
 
 
 def plan(

@@ -164,5 +164,5 @@ def _check_column(column: str, columns: list[str], where: str) -> None:
 
 def _text(prompt: object, column: str, where: str) -> str:
     if not isinstance(prompt, str):
-        raise PromptError(f"{where}: {column} must be a string, got {type(prompt).__name__}")
+        raise PromptError(f"{where}: {column} must be a string, got {repr(prompt)[:60]}")
     return checked(prompt, where)

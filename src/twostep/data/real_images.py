@@ -86,7 +86,7 @@ def check_reals(folder: Path) -> None:
 
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise RecipeError(f"data.reals: no folder at {str(folder)!r}; or say teacher")
+        raise RecipeError(f"data.reals: no images in {str(folder)!r}, which is no folder")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not paths:
         raise RecipeError(f"data.reals: no images (png, jpg, webp) in {str(folder)!r}")

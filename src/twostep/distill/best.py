@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from twostep.data.cache.spec import CacheSpec
-from twostep.distill.checkpoint import TrainingState
+from twostep.distill.checkpoint import CheckpointError, TrainingState
 from twostep.distill.objectives.roles import Roles
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.tensor_files import load_tensors, save_folder
 from twostep.models.student import write_lora_pair, write_student
 from twostep.models.transformer import whole_transformer
 from twostep.runtime.distributed import World
+from twostep.runtime.notices import notice
 
 
 class BestStudent:
@@ -26,11 +27,16 @@ class BestStudent:
     ) -> None:
         self.roles, self.state, self.folder, self.world = roles, state, folder, world
 
-    def offer(self, distance: float) -> None:
-        """Keeps the average as it is now if it is nearer than any before."""
+    def offer(self, distance: float, metrics: Mapping[str, float]) -> None:
+        """Keeps the average as it is now if it is nearer than any before.
+
+        Args:
+            metrics: of its validation.
+        """
         progress = self.state.progress
         if progress.best_distance is None or distance < progress.best_distance:
             progress.best_distance, progress.best_turn = distance, progress.turn
+            progress.best_metrics = dict(metrics)
             save_folder(self._average(), self.folder.best, self.world)
 
     def export(self, spec: CacheSpec) -> Path:
@@ -39,7 +45,16 @@ class BestStudent:
         Adapters on a teacher with LoRA files of its own are merged into whole sets, too, since a
         pair of files belongs to a model that others have.
         """
-        load_tensors(self._average(), self.folder.best)
+        if self.folder.best.is_dir():
+            try:
+                load_tensors(self._average(), self.folder.best)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.folder.best} cannot be read: {error}. Without the folder, the last "
+                    "averages are written in its place"
+                ) from error
+        else:
+            notice(f"{self.folder.best} is gone; the student is of the last turn's averages")
         with self.state.ema.applied():
             if self.roles.first.lora is None or spec.teacher.loras:
                 self._write_whole(spec)

@@ -25,6 +25,7 @@ from twostep.distill.tensor_files import (
 )
 from twostep.errors import UserError
 from twostep.runtime.distributed import World
+from twostep.runtime.files import make_folder, writing
 
 # 2: networks without a wrapper around them, random numbers in named streams.
 # 3: a fitted score lies beside the checkpoints, not in each.
@@ -48,6 +49,9 @@ class Progress:
             they were of: score, critic, student (joint turns too), validation.
         best_distance: the least kernel distance of a validation, after `best_turn` turns; with
             `training.best_by: score` the highest score, negative.
+        best_metrics: of that validation.
+        start_distance: the kernel distance of the teacher's own weights in two steps.
+        score_start, score_loss: the score's loss when its fit began, and lately.
     """
 
     score_turn: int = 0
@@ -60,6 +64,10 @@ class Progress:
     fit_evaluations: int = 0
     best_distance: float | None = None
     best_turn: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    start_distance: float | None = None
+    score_start: float | None = None
+    score_loss: float | None = None
 
     def count(self, kind: str, *, accepted: bool) -> int:
         """Counts an update of a kind; how many of it were refused in a row."""
@@ -141,7 +149,7 @@ class TrainingState:
         temporary = folder / f".{target.name}.tmp"
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            make_folder(temporary)
             record = {
                 "version": VERSION,
                 "progress": asdict(self.progress),
@@ -153,10 +161,12 @@ class TrainingState:
                     for name, optimizer in self.optimizers.items()
                 },
             }
-            (temporary / "state.json").write_text(json.dumps(record, indent=1))
+            with writing(target):
+                (temporary / "state.json").write_text(json.dumps(record, indent=1))
         world.wait()
         start = save_in_background if background else save_tensors
-        written = start(self._tensors(), temporary, "state.safetensors", world)
+        with writing(target):
+            written = start(self._tensors(), temporary, "state.safetensors", world)
         self._writing = _Writing(temporary, target, keep, written)
         if not background:
             self.settle(world, wait=True)
@@ -168,13 +178,14 @@ class TrainingState:
         Args:
             wait: for one that is still being written; all processes must call it then.
         """
-        writing = self._writing
-        if writing is not None and (wait or writing.is_done()):
+        unnamed = self._writing
+        if unnamed is not None and (wait or unnamed.is_done()):
             self._writing = None
-            if writing.future is not None:
-                writing.future.result()
-            if world.is_first:
-                writing.commit()
+            with writing(unnamed.target):
+                if unnamed.future is not None:
+                    unnamed.future.result()
+                if world.is_first:
+                    unnamed.commit()
         if wait:
             world.wait()
 

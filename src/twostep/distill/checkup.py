@@ -48,6 +48,7 @@ class Checkup:
         self.best = BestStudent(roles, state, folder=folder, world=world)
         with computing():
             self.validator = Validator(recipe, roles, cache, device=device, world=world)
+        state.progress.start_distance = self.validator.start_distance
         self.max_non_finite = recipe.training.max_non_finite
         self.by_score = recipe.training.best_by == "score"
         self.scorers = scorers
@@ -73,7 +74,7 @@ class Checkup:
                 distance = -first if math.isfinite(first) else math.inf
         # All processes must see the same number, whatever their rounding.
         (distance,) = self.world.largest([distance])
-        self.best.offer(distance)
+        self.best.offer(distance, seen.metrics)
         if draw and self.world.is_first:
             self.sheet.draw(
                 seen.rollout,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from twostep.runtime.files import write_text, writing
 
 # Bounds outside which a run is in trouble, and what to try (docs/method.md, failure modes).
 _ALARMS = {
@@ -52,7 +55,7 @@ class Monitor:
         entry: dict[str, Any] = {"turn": turn, **values}
         if begun:
             entry["alarms"] = begun
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         if self._writer is not None:
             for key, value in values.items():
@@ -69,12 +72,22 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines with their records; a torn line, or another's, is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            record = json.loads(line)
+            int(record["turn"])
+            found.append((line, record))
+    return found
 
 
 def _forget_after(path: Path, turn: int) -> None:
     """A run that goes on from `turn` will write later records again."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["turn"] <= turn]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line, record in _records(path) if record["turn"] <= turn]
+        write_text(path, "".join(f"{line}\n" for line in kept))

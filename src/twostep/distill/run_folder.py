@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +18,12 @@ from twostep.distill.monitor import read_metrics
 from twostep.errors import RecipeError
 from twostep.recipe.rules import differences
 from twostep.recipe.schema import Recipe
-from twostep.runtime.files import write_json, write_text
+from twostep.runtime.files import make_folder, sweep, write_json, write_text
+from twostep.runtime.locks import locked
 from twostep.runtime.provenance import stamp
+
+# Folders of a run that a save did not finish.
+_HALF = re.compile(r"\.((fit|turn)-\d{7}|best|score)\.tmp")
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class RunFolder:
 
     def describe(self, recipe: Recipe, device: str) -> None:
         """Writes the recipe, and what the run computes with and on."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         packages = ("twostep", "torch", "diffusers", "transformers", "safetensors")
         description = {
             "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
@@ -108,6 +115,33 @@ class RunFolder:
         }
         write_text(self.recipe, recipe.to_yaml())
         write_json(self.path / "run.json", description)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Inside, this process alone works here; what killed ones left is gone.
+
+        Raises:
+            InUseError: if another process does.
+        """
+        with locked(self.path, option="output and name"):
+            for folder in (self.path, self.checkpoints, self.path / "samples"):
+                sweep(folder)
+                for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+                    if _HALF.fullmatch(path.name):  # shared by the processes of one run
+                        shutil.rmtree(path, ignore_errors=True)
+            yield
+
+    def check_free(self) -> None:
+        """Raises InUseError if another process works here."""
+        if self.path.is_dir():
+            with locked(self.path, option="output and name"):
+                pass
+
+    def end(self, outcome: dict[str, Any]) -> None:
+        """Adds how the run ended to run.json."""
+        path = self.path / "run.json"
+        said = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, said | {"outcome": outcome})
 
     def is_ours(self) -> bool:
         """Whether `describe` wrote here."""

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.runtime.distributed import World
-from twostep.runtime.files import replace_folder
+from twostep.runtime.files import make_folder, replace_folder, writing
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str, world: World) -> None:
@@ -61,11 +61,12 @@ def save_folder(tensors: Mapping[str, Tensor], folder: Path, world: World) -> No
     temporary = folder.with_name(f".{folder.name}.tmp")
     if world.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        make_folder(temporary)
     world.wait()
-    save_tensors(tensors, temporary, "weights.safetensors", world)
-    if world.is_first:
-        replace_folder(temporary, folder)
+    with writing(folder):
+        save_tensors(tensors, temporary, "weights.safetensors", world)
+        if world.is_first:
+            replace_folder(temporary, folder)
     world.wait()
 
 

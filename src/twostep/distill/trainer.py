@@ -12,13 +12,14 @@ from torch import Tensor
 
 from twostep.data.cache.read import TeacherCache
 from twostep.distill.batches import Batches, rows_of
-from twostep.distill.checkpoint import Progress, TrainingState
+from twostep.distill.checkpoint import CheckpointError, Progress, TrainingState
 from twostep.distill.checkup import Checkup
 from twostep.distill.ema import Ema
 from twostep.distill.monitor import Monitor
 from twostep.distill.objectives.build import build_roles, load_whole
 from twostep.distill.objectives.turns import Objectives
 from twostep.distill.optimizers import build_optimizers
+from twostep.distill.outcome import Outcome, followed
 from twostep.distill.progress import TurnProgress
 from twostep.distill.rates import rates, score_rate
 from twostep.distill.run_folder import RunFolder
@@ -83,6 +84,7 @@ class Trainer:
         )
         self.updates = build_updates(self.roles, self.state, gradients)
         checkpoint = self.folder.last_checkpoint()
+        self._begun_at = checkpoint
         if checkpoint is not None:
             self.state.load(checkpoint, self.folder.frozen)
 
@@ -113,11 +115,24 @@ class Trainer:
             TrainingStopped: too many turns in a row were not finite.
         """
         try:
-            checkup = self._run()
-            self._check_learnt()
-            return checkup.best.export(self.cache.spec)
+            with self.folder.taken() if self.world.is_first else nullcontext():
+                if self.folder.last_checkpoint() != self._begun_at:
+                    raise CheckpointError(
+                        f"{self.folder.path} was changed by another process; run it again"
+                    )
+                checkup = self._run()
+                self._check_learnt()
+                student = checkup.best.export(self.cache.spec)
+                if self.world.is_first:
+                    self.folder.end(self.outcome.as_dict())
+            return student
         finally:
             self.world.leave()
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the run went so far."""
+        return Outcome.of(self.progress)
 
     def _check_learnt(self) -> None:
         """Raises TrainingStopped where no update of the student was ever taken."""
@@ -216,6 +231,10 @@ class Trainer:
         if self._number % self.recipe.training.log_every:
             return {}
         logged = {key: float(value) for key, value in terms.items() if key != "loss"}
+        loss = float(terms["loss"])
+        progress.score_loss = followed(progress.score_loss, loss)
+        if progress.score_start is None:
+            progress.score_start = loss
         return logged | self._skipped()
 
     def _skipped(self) -> dict[str, float]:

@@ -72,6 +72,7 @@ class Validator:
         # Channels of a hidden state differ in scale by orders of magnitude; each counts alike.
         self._mean, self._std = reference.mean(0), reference.std(0).clamp_min(1e-6)
         self.reference = self._standardised(reference)
+        self.start_distance = kernel_distance(self._features(self.naive_latents), self.reference)
         self.teacher_diversity = pairwise_diversity(
             self._features(self.teacher_latents), self.prompts.groups
         )

@@ -24,7 +24,7 @@ from twostep.evaluation.scorers import check_scorer, load_scorer
 from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
-from twostep.runtime.files import make_folder, write_json
+from twostep.runtime.files import make_folder, sweep, write_json
 from twostep.runtime.images import pictures_at_once
 from twostep.runtime.processes import Share, beat, end_beats, wait_for
 from twostep.runtime.progress import progress_bar
@@ -128,6 +128,8 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         folder_of.latent_shape(request.size)
         folder_of.count_steps(entry.steps)
     make_folder(folder)
+    for part in folder.iterdir():
+        sweep(part)
     extractors = [load_extractor(name) for name in request.features]
     scorers = [load_scorer(name) for name in request.scores]
     for score in scorers:  # on a grey picture: one that fails should do so now

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from twostep.evaluation.entries import Entry
 from twostep.evaluation.prompts import PromptSet
-from twostep.inference.sampler import Sampler
+from twostep.inference.sampler import Sampler, check_pictures
 from twostep.models.folder import ModelFolder
 from twostep.runtime.devices import Memory
-from twostep.runtime.files import write_atomically
+from twostep.runtime.files import make_folder, write_atomically
 from twostep.runtime.images import to_bytes
 from twostep.runtime.processes import ALONE, Share
 
@@ -84,10 +84,11 @@ class ImageStore:
             self.entry.steps,
             guidance_scale=self.entry.guidance_scale,
         )
-        tensors = {"images": to_bytes(sampler.decoder.decode(sample.latents))}
+        images = check_pictures(sampler.decoder.decode(sample.latents), self.prompts.captions[rows])
+        tensors = {"images": to_bytes(images)}
         if sample.preview is not None:
             tensors["previews"] = to_bytes(sampler.decoder.decode(sample.preview))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         metadata = {"fingerprint": self.fingerprint}
         write_atomically(self._path(part), lambda p: save_file(tensors, p, metadata))
 

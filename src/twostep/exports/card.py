@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,14 @@ def _origin(facts: Mapping[str, Any]) -> str:
             f"{figures.get('images')} images of {figures.get('prompts')} prompts, features "
             f"{figures.get('extractor')}, {figures.get('date')}, commit {figures.get('commit')}.\n"
         )
+    outcome = facts.get("outcome", {})
+    if outcome.get("skipped") or outcome.get("diverged"):
+        text += "\n## What went wrong in training\n\n"
+        text += "".join(
+            f"- {count} updates or validations ({kind}) were refused: not finite\n"
+            for kind, count in outcome.get("skipped", {}).items()
+        )
+        text += "".join(f"- diverged: {phrase}\n" for phrase in outcome.get("diverged", []))
     if "recipe" in facts:
         text += f"\n## Recipe\n\n```yaml\n{facts['recipe']}```\n"
     return text
@@ -148,6 +157,10 @@ def origin_of(student: Path) -> dict[str, Any]:
     recipe = student.parent / "recipe.yaml"
     if recipe.is_file():
         facts["recipe"] = _public(recipe.read_text(encoding="utf-8"))
+    run = student.parent / "run.json"
+    if run.is_file():
+        with suppress(ValueError, KeyError, TypeError):
+            facts["outcome"] = dict(json.loads(run.read_text(encoding="utf-8"))["outcome"])
     for path in (student.parent / "check" / "metrics.json", student.parent / "report.json"):
         if path.is_file():
             facts["figures"] = json.loads(path.read_text(encoding="utf-8"))

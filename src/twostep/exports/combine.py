@@ -10,7 +10,7 @@ import torch
 
 from twostep.errors import ExportError
 from twostep.models.folder import ModelFolder
-from twostep.models.foreign import check_folder
+from twostep.models.foreign import check_finite, check_folder
 from twostep.models.student import PARTS, check_free, save_student
 from twostep.models.transformer import stored_transformer, stored_with_lora, transformer_with
 
@@ -41,7 +41,9 @@ def _part(teacher: ModelFolder, name: str) -> Any:
         return stored_with_lora(teacher.base, "transformer", teacher.family.transformer, path)
     if (path / "config.json").is_file():
         check_folder(path)
-        return stored_transformer(path, None, teacher.family.transformer)
+        model = stored_transformer(path, None, teacher.family.transformer)
+        check_finite(model, path)
+        return model
     return ModelFolder.open(name).stored_transformer("transformer")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from twostep.errors import InputError
 from twostep.inference.generate import check_prompts, check_seeds, open_model
-from twostep.inference.sampler import Sampler
+from twostep.inference.sampler import Sampler, check_pictures
 from twostep.method.rollout import seeded_noise
 from twostep.runtime.files import make_folder, write_atomically
 from twostep.runtime.images import labelled_rows, to_pil
@@ -54,7 +54,7 @@ def compare(
         if preview and sample.preview is not None:
             images = sampler.decoder.decode(sample.preview)
             rows[f"{name}, preview after step 1"] = [to_pil(image) for image in images]
-        images = sampler.decoder.decode(sample.latents)
+        images = check_pictures(sampler.decoder.decode(sample.latents), captions)
         label = f"{name}, {used} step{'s' if used > 1 else ''}"
         if label in rows:
             raise InputError(f"model: two rows would be called {label!r}")

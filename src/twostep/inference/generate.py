@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from twostep.errors import InputError
-from twostep.inference.sampler import Sampler
+from twostep.inference.sampler import Sampler, check_pictures
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
@@ -214,7 +214,9 @@ def _make(
 ) -> None:
     noise = seeded_noise([p.seed for p in pictures], sampler.noise_shape(*request.size))
     sample = sampler.sample([p.prompt for p in pictures], noise, request.steps)
-    for picture, image in zip(pictures, sampler.decoder.decode(sample.latents), strict=True):
+    prompts = [p.prompt for p in pictures]
+    images = check_pictures(sampler.decoder.decode(sample.latents), prompts)
+    for picture, image in zip(pictures, images, strict=True):
         _save(to_pil(image), picture.path, facts[picture])
     if pictures[0].preview is not None:
         assert sample.preview is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from twostep.errors import UserError
 from twostep.families.family import LatentSpace, PromptBatch
 from twostep.method.rollout import euler, first_step, second_step
 from twostep.method.schedule import Schedule
@@ -18,6 +19,28 @@ from twostep.models.prompt_encoder import PromptEncoder
 from twostep.models.velocity import Velocity, bind, guided_field
 from twostep.runtime.devices import Placement
 from twostep.runtime.images import pictures_at_once
+
+
+class NotFiniteError(UserError, RuntimeError):
+    """A model that gave pictures nobody could look at."""
+
+    exit_code = 1
+
+
+def check_pictures(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Images (B, 3, H, W) of `prompts`, as they are.
+
+    Raises:
+        NotFiniteError: naming a prompt, for NaN or infinity in them.
+    """
+    finite = images.flatten(1).isfinite().all(1).tolist()
+    bad = [prompt for prompt, good in zip(prompts, finite, strict=True) if not good]
+    if bad:
+        raise NotFiniteError(
+            f"the model gives values that are not finite for {len(bad)} of {len(prompts)} "
+            f"pictures, such as {bad[0][:60]!r}; they are not written"
+        )
+    return images
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from twostep.families.family import Family, LatentSpace
 from twostep.method.schedule import Schedule
 from twostep.models.adapters import load_lora_pair
 from twostep.models.codec import Decoder
-from twostep.models.foreign import check_folder, named
+from twostep.models.foreign import check_finite, check_folder, named
 from twostep.models.locate import WEIGHTS, locate
 from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
@@ -190,6 +190,7 @@ class ModelFolder:
         """One of its transformers as a velocity, its LoRA files added, on the CPU."""
         with named(self.base / part):
             model = self.family.load(self.base, part, dtype)
+            check_finite(model, self.base / part)
         self.add_loras(model)
         return model
 
@@ -201,7 +202,9 @@ class ModelFolder:
         """Its steps, one for a teacher and two for a student, on their device."""
         if self.kind == "lora_pair":
             model = self.load("transformer", placement.dtype)
-            steps: tuple[Velocity, ...] = load_lora_pair(model, self.path)
+            with named(self.path):
+                steps: tuple[Velocity, ...] = load_lora_pair(model, self.path)
+            check_finite(model, self.path)
             place([model], placement)
             return steps
         models = [self.load(part, placement.dtype) for part in self.parts]
@@ -217,6 +220,7 @@ class ModelFolder:
         else:
             transformer = stored_transformer(self.base, part, kind)
         self.add_loras(transformer)
+        check_finite(transformer, self.path / part)
         return transformer
 
     def encoder(
@@ -238,6 +242,7 @@ class ModelFolder:
         decoder = Decoder.load(self.base, placement.dtype)
         if tiny is not None:
             decoder = Decoder.load_tiny(tiny, decoder, placement.dtype)
+        check_finite(decoder.vae, self.base / "vae")
         # Convolutions are faster so, on a CPU too.
         decoder.vae.to(placement.device, memory_format=torch.channels_last)
         return decoder

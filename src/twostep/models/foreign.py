@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from twostep.errors import ModelError
 from twostep.zoo import ZOO
 
@@ -85,6 +88,17 @@ def named(path: Path) -> Iterator[None]:
     except Exception as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path} cannot be loaded: {said}") from error
+
+
+@torch.no_grad()
+def check_finite(module: nn.Module, path: Path) -> None:
+    """Raises ModelError, naming the first, if weights that were read hold NaN or infinity.
+
+    One pass over the weights: as fast as memory is read.
+    """
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not value.is_meta and not bool(value.isfinite().all()):
+            raise ModelError(f"{path}: {name} holds values that are not finite")
 
 
 def _hub_blobs(folder: Path) -> list[Path]:

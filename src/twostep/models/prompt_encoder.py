@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from twostep.errors import ModelError
-from twostep.models.foreign import named
+from twostep.models.foreign import check_finite, named
 from twostep.models.prompt_store import PromptStore
 from twostep.runtime.files import folder_fingerprint
 from twostep.runtime.limits import within
@@ -76,13 +76,15 @@ class PromptEncoder:
 
         def load() -> Any:
             with named(folder / "text_encoder"):
-                return AutoModel.from_pretrained(
+                model = AutoModel.from_pretrained(
                     folder / "text_encoder",
                     dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,
                     trust_remote_code=False,
                 ).eval()
+                check_finite(model, folder / "text_encoder")
+                return model
 
         store = None
         if prompt_cache is not None:

@@ -149,6 +149,7 @@ def write_student(
         for name in PARTS:
             transformer = next(steps)
             weights = {k: v.detach().to("cpu", dtype) for k, v in transformer.state_dict().items()}
+            _check_written(weights, f"{folder}: {name}")
             transformer_with(transformer, weights).save_pretrained(temporary / name)
             del transformer, weights
         index = read_json(teacher / "model_index.json")
@@ -160,6 +161,13 @@ def write_student(
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for path in temporary.glob("*/*config.json"):
             _forget_places(path)
+
+
+def _check_written(weights: Mapping[str, Tensor], what: str) -> None:
+    """Raises ExportError for weights that nobody could use, in the type that they are stored in."""
+    for key, value in weights.items():
+        if not bool(value.isfinite().all()):
+            raise ExportError(f"{what} is not written: {key} holds values that are not finite")
 
 
 def _copy_part(part: Path, target: Path) -> None:
@@ -195,6 +203,7 @@ def write_lora_pair(
     """
     with new_folder(folder) as temporary:
         for step, weights in zip(STEPS, pair, strict=True):
+            _check_written(weights, f"{folder}: {step}")
             save_lora(weights, rank_of(weights), temporary, f"{step}.safetensors")
         write_lora_index(temporary, teacher=teacher, schedule=schedule)
 

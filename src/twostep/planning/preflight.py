@@ -87,6 +87,7 @@ def check_here(
     if not repair:
         _check_cache(spec)
     if not teaching:
+        RunFolder(recipe.run_folder).check_free()
         RunFolder(recipe.run_folder).check_same_recipe(
             recipe.with_lora_checksums([lora.sha256 for lora in spec.teacher.loras]),
             spec.fingerprint,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -27,8 +28,9 @@ from twostep.method.rollout import euler, seeded_noise
 from twostep.models.velocity import Velocity, guided_field
 from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import Placement, pick_device
-from twostep.runtime.files import write_atomically, write_json
+from twostep.runtime.files import make_folder, sweep, write_atomically, write_json
 from twostep.runtime.images import pictures_at_once
+from twostep.runtime.locks import locked
 from twostep.runtime.processes import Share, beat, end_beats, local_device, wait_for
 from twostep.runtime.progress import progress_bar
 
@@ -53,11 +55,26 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
         return TeacherCache(spec)
     device = local_device(pick_device(recipe.training.device))
     placement = Placement(device, getattr(torch, recipe.teacher.dtype))
+    with _taken(spec, share):
+        return _built(spec, share, repair=repair, placement=placement)
+
+
+def _taken(spec: CacheSpec, share: Share) -> AbstractContextManager[None]:
+    """The cache for this process alone, or for torchrun's; others of the same data wait."""
+    if spec.store.is_remote or not share.is_first:
+        return nullcontext()
+    return locked(spec.folder, option="data.cache", purpose=spec.fingerprint, wait=True)
+
+
+def _built(spec: CacheSpec, share: Share, *, repair: bool, placement: Placement) -> TeacherCache:
+    manifest = spec.folder / "manifest.json"
     own = share.of(spec.shards)
+    if share.is_first:
+        sweep(spec.folder)
     missing = find_missing(spec, own, repair=repair)
     finishes = share.is_first and (repair or missing != [] or not _has_manifest(spec))
     if missing or finishes:
-        spec.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(spec.folder)
         beat(spec.folder, share)
         encoded = EncodedPrompts.encode(spec, missing, placement, hidden=not share.is_first)
     count = sum(shard.count for shard in own)
@@ -70,7 +87,14 @@ def open_cache(recipe: Recipe, *, repair: bool = False) -> TeacherCache:
         advance(count - sum(shard.count for shard in missing))
         if missing:
             velocity, *_ = spec.teacher.velocities(placement)
-            build(spec, velocity, missing, encoded=encoded, device=device, on_samples=on_samples)
+            build(
+                spec,
+                velocity,
+                missing,
+                encoded=encoded,
+                device=placement.device,
+                on_samples=on_samples,
+            )
     shards = range(len(spec.shards))
     left = list(shards)
 
@@ -151,11 +175,26 @@ def build(
             field = guided_field(velocity, batch, empty, spec.guidance_scale)
             noise = seeded_noise(seeds[rows], spec.teacher.space.shape(*shard.size)).to(device)
             result, middle = _teacher_samples(spec, field, noise)
+            prompts = [shard.prompts[i] for i in owners[rows]]
+            _check_finite([result, *middle], prompts, spec)
             latents.append(result.cpu())
             middles.extend(x.cpu() for x in middle)
             on_samples(len(noise))
         _write_shard(spec, shard, seeds, embeds, latents=latents, middles=middles)
         encoded.remove(shard)
+
+
+def _check_finite(tensors: Sequence[Tensor], prompts: Sequence[str], spec: CacheSpec) -> None:
+    """Raises CacheError, naming the prompts, for samples that nobody could learn from."""
+    finite = torch.stack([t.flatten(1).isfinite().all(1) for t in tensors]).all(0).tolist()
+    bad = list(dict.fromkeys(p for p, good in zip(prompts, finite, strict=True) if not good))
+    if bad:
+        shown = ", ".join(repr(prompt[:60]) for prompt in bad[:3])
+        raise CacheError(
+            f"teacher.model: {spec.teacher.name} gives images that are not finite for "
+            f"{len(bad)} of {len(set(prompts))} prompts, such as {shown}; nothing of them is "
+            f"cached. Look at its weights, or at teacher.dtype ({spec.dtype})"
+        )
 
 
 def _teacher_samples(

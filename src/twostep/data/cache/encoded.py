@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.data.cache.spec import CacheSpec, Shard
+from twostep.data.cache.store import CacheError
 from twostep.runtime.devices import Placement
 from twostep.runtime.files import write_atomically
 from twostep.runtime.progress import progress_bar
@@ -47,6 +48,12 @@ class EncodedPrompts:
                         str(i): embeds.cpu().clone()
                         for i, embeds in enumerate(encoder.encode(shard.prompts))
                     }
+                    for i, embeds in enumerate(tensors.values()):
+                        if not bool(embeds.isfinite().all()):
+                            raise CacheError(
+                                "teacher.model: its text encoder gives values that are not finite "
+                                f"for the prompt {shard.prompts[i][:60]!r}"
+                            )
                     metadata = {"fingerprint": spec.fingerprint}
                     write = partial(save_file, tensors, metadata=metadata)
                     write_atomically(encoded._path(shard), write)

@@ -119,6 +119,7 @@ class TeacherCache:
             embeds.append(file.get_slice("embeds")[start:end])
             prompts.append(shard.prompts[owner])
         stacked = torch.cat(latents)
+        self._check_finite(ids, stacked, *middles, *embeds)
         c, h, w = stacked.shape[1:]
         return CachedSamples(
             ids=list(ids),
@@ -127,6 +128,18 @@ class TeacherCache:
             trajectory=torch.cat(middles) if middles else None,
             embeds=embeds,
             prompts=prompts,
+        )
+
+    def _check_finite(self, ids: Sequence[int], latents: Tensor, *others: Tensor) -> None:
+        """Caches of earlier versions may hold what no network can learn from."""
+        finite = latents.flatten(1).isfinite().all(1)
+        if bool(finite.all()) and all(bool(each.isfinite().all()) for each in others):
+            return
+        bad = [i for i, good in zip(ids, finite.tolist(), strict=True) if not good] or list(ids)
+        path = shard_files(self.spec.folder, self._shard_of(bad[0]).index)[0]
+        raise CacheError(
+            f"{self.spec.store.shown(path)}: sample {bad[0]} holds values that are not finite. "
+            "Remove the file and run `twostep teach` again"
         )
 
     def ahead(self, ids: Sequence[int]) -> None:
