@@ -2,9 +2,10 @@
 
 python benchmarks/serve.py --out docs/results/serve.json
 
-Everything is on this machine's loopback and bounded in time. The sampler's own rate and each load
-of the server take turns, several rounds of them; the best round counts. CPU seconds a picture are
-given, too: they say what the server adds where the machine has other work.
+Everything is on this machine's loopback and bounded in time. The sampler's own rate and the loads
+of the server take turns, several rounds of them; the best round counts. A share of the sampler's
+rate is the median of shares of what it had just before and just after. CPU seconds a picture say
+what the server adds where the machine has other work.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 from urllib.request import urlopen
 
@@ -247,15 +249,24 @@ def main(
     with running(ours) as server:
         asyncio.run(closed_load(server.port, prompts, clients=8, seconds=3, preview=False))
         for _ in range(rounds):
+            keep("sampler 1", in_own_process(model, 1, size, seconds))
+            before = in_own_process(model, batch, size, seconds)
             for number in numbers:
-                keep("sampler", in_own_process(model, batch, size, seconds))
-                if number == 1:
-                    keep("sampler 1", in_own_process(model, 1, size, seconds))
+                both = {}
                 for preview in (False, True):
                     name = f"{number} {'preview' if preview else 'plain'}"
                     load = {"clients": number, "seconds": seconds, "preview": preview}
-                    keep(name, closed(server, prompts, **load))
+                    both[name] = closed(server, prompts, **load)
+                after = in_own_process(model, batch, size, seconds)
+                keep("sampler", after)
+                for name, found in both.items():
+                    own = (before["rate"] + after["rate"]) / 2
+                    keep(name, found | {"of_sampler": found["rate"] / own})
+                before = after
         best = {name: max(found, key=lambda each: each["rate"]) for name, found in runs.items()}
+        for name, found in runs.items():
+            if "of_sampler" in found[0]:
+                best[name]["of_sampler"] = median(each["of_sampler"] for each in found)
         for share in (0.5, 0.8):
             name = f"open {share}"
             # What it can do now: the machine may have other work than a moment ago.

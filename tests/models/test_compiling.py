@@ -15,8 +15,8 @@ from twostep.distill.objectives.roles import Role
 from twostep.families.family import PromptBatch
 from twostep.families.zimage import ZImage
 from twostep.models.adapters import SharedBackbone
-from twostep.models.compiling import compile_blocks
-from twostep.recipe.schema import Student
+from twostep.models.compiling import allow_graphs, compile_blocks
+from twostep.recipe.models import Student
 
 ROLES = ["first", "second", "fake1", "fake2", "score"]
 # Latents of five picture sizes, captions of two buckets: ten shapes.
@@ -50,3 +50,19 @@ def test_ten_shapes_and_six_roles_take_few_graphs(monkeypatch: pytest.MonkeyPatc
     assert 0 < after[-1] <= 12
     # The last shapes bring nothing new.
     assert after[-1] == after[len(SIZES)]
+
+
+def test_a_compiled_network_taps_the_layers_that_are_asked_for() -> None:
+    """Whatever was asked for before: torch leaves a number open once it has seen two values of it."""
+    torch._dynamo.reset()
+    allow_graphs()
+    model = as_velocity(random_transformer())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    prompts = PromptBatch.collate([torch.randn(5, TEXT_WIDTH)])
+    latents, sigma = torch.randn(1, 8, 8, 8), torch.full((1,), 0.5)
+    with torch.no_grad():
+        for taps in ((0, 1), (1,), (2,), (0, 2), (), (1, 2), (0, 1)):
+            expected, found = (f(latents, sigma, prompts, taps).hidden for f in (model, compiled))
+            assert len(found) == len(taps)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs)

@@ -234,6 +234,7 @@ def test_open_requests_are_bounded_whatever_they_do() -> None:
         status, body, headers = ask(url, "/v1/models")
         assert (status, body["error"]["code"]) == (429, "too_many_requests")
         assert headers["retry-after"] == "1"
+        assert ask(url, "/health")[0] == 200  # probes are answered always
         model.gate.set()
         first.join(10)
         assert ask(url, "/v1/models")[0] == 200

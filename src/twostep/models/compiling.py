@@ -18,6 +18,9 @@ def allow_graphs() -> None:
     import torch._dynamo as dynamo  # slow, and few need it
 
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)
+    # Which layers are tapped is a number too, and one that a graph must not leave open: `index in
+    # taps` is then false for all of them.
+    dynamo.config.specialize_int = True
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

@@ -158,6 +158,8 @@ class PromptEncoder:
             if length >= self.max_tokens and prompt not in self._told:
                 whole = len(self.tokenizer([text]).input_ids[0])
                 if whole > self.max_tokens:
+                    if len(self._told) >= self.cache_size:  # a server lives long
+                        self._told.clear()
                     self._told.add(prompt)
                     self.on_cut(prompt, whole)
 

@@ -89,7 +89,8 @@ class Door:
             self._note(scope, visit)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if self._open > self.limits.open_requests:
+        public = _PUBLIC.fullmatch(scope["path"])
+        if self._open > self.limits.open_requests and not public:  # probes are answered always
             raise ApiError(
                 429, "too_many_requests", "too many requests are open", headers={"Retry-After": "1"}
             )
@@ -98,7 +99,7 @@ class Door:
             if host.lower() not in self.hosts:
                 message = "without keys this server answers under its own address alone"
                 raise ApiError(403, "wrong_host", message)
-        if not _PUBLIC.fullmatch(scope["path"]):
+        if not public:
             given = headers.get(b"authorization")
             if not self.keys.allow(None if given is None else given.decode("latin-1")):
                 message = "expected a header `Authorization: Bearer KEY` with a key of this server"

@@ -25,6 +25,7 @@ from twostep.runtime.devices import Placement
 from twostep.runtime.images import to_bytes
 from twostep.serving.catalogue import Offer
 from twostep.serving.jobs import Finished, PictureSpec, Pixels
+from twostep.serving.logs import log
 
 # Pictures' sides unless the user says otherwise: of the package's own models, and of others.
 _EMBEDDED_SIZE, _SIZE = (64, 64), (1024, 1024)
@@ -164,6 +165,8 @@ class _SharedParts:
             self._encoders[key] = folder.encoder(
                 self.options.placement, prompt_cache=self.options.prompt_cache
             )
+            # Its own notice has the prompt in it.
+            self._encoders[key].on_cut = lambda _, tokens: log("a prompt was cut", tokens=tokens)
             self._encoders[key].on_cut = lambda prompt, tokens: None  # no prompt in the log
         return self._encoders[key]
 

@@ -60,7 +60,8 @@ class Role:
         velocity = AdapterVelocity(backbone, name)
         trained = backbone.module(name) if name else None
         lora = partial(backbone.lora, name) if name else None
-        return Role(velocity, backbone.model, trained, partial(backbone.merged, name), lora)
+        merged = partial(backbone.merged, name)
+        return Role(velocity, backbone.model, trained, merged, lora=lora)
 
     def __call__(
         self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
