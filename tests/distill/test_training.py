@@ -614,9 +614,9 @@ def test_best_checkpoint_is_kept_not_the_last(
     distances = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
     kept = {}
 
-    def offer(self: BestStudent, distance: float) -> None:
+    def offer(self: BestStudent, distance: float, metrics: dict[str, float]) -> None:
         kept[trainer.progress.turn] = [v.clone() for v in trainer.state.ema.values]
-        original(self, next(distances))
+        original(self, next(distances), metrics)
 
     original = BestStudent.offer
     monkeypatch.setattr(BestStudent, "offer", offer)
