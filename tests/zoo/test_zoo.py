@@ -13,7 +13,7 @@ import pytest
 from twostep import zoo
 from twostep.errors import ModelError
 from twostep.models.locate import locate
-from twostep.runtime.files import folder_fingerprint
+from twostep.runtime.checksums import folder_fingerprint
 from twostep.zoo import ZOO, zoo_folder
 
 # As the folders had them when each held all of its parts: caches and figures name these.

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from twostep.cli import demo, evaluate, export, pictures, recipes, schema, serve, train
+from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train
 from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
 from twostep.runtime.notices import notice
@@ -30,6 +30,7 @@ for command in (
     export.export, export.assemble, export.average,
     demo.demo,
     recipes.recipes,
+    check.check,
     schema.schema,
 ):  # fmt: skip
     app.command()(command)

@@ -33,5 +33,12 @@ def version(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="print the version"),
     ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="open folders without reading their checksums")
+    ] = False,
 ) -> None:
     """Options of the command as a whole."""
+    if no_verify:
+        from twostep.runtime.checksums import set_verifying
+
+        set_verifying(False)

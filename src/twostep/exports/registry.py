@@ -16,6 +16,7 @@ from twostep.exports.lora import copy_pair, export_lora
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.student import PARTS, check_free, write_student
+from twostep.runtime.checksums import verify, write_checksums
 from twostep.runtime.files import new_folder, write_text
 
 
@@ -65,7 +66,10 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     options = options or ExportOptions()
     _check_options(folder, target, options)
     with new_folder(out) as temporary:
-        return FORMATS[target](folder, temporary, options)
+        lines = FORMATS[target](folder, temporary, options)
+        write_checksums(temporary)
+    verify(out)
+    return lines
 
 
 def _check_options(student: ModelFolder, target: str, options: ExportOptions) -> None:

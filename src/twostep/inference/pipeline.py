@@ -24,6 +24,7 @@ from twostep.models.folder import ModelFolder
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.student import CLASS_NAME, STANDALONE
 from twostep.models.velocity import bind
+from twostep.runtime.checksums import NAME as CHECKSUMS
 
 StepCallback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -92,6 +93,7 @@ class TwoStepPipeline(ZImagePipeline):
         """diffusers', with the `pipeline.py` that opens the folder without this package."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(STANDALONE, Path(save_directory) / "pipeline.py")
+        (Path(save_directory) / CHECKSUMS).unlink(missing_ok=True)  # of what was there before
         super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:

@@ -6,6 +6,7 @@ Everything that samples, trains or exports starts here, with a value instead of 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,8 +30,8 @@ from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.student import PARTS, STEPS, StudentIndex, read_json
 from twostep.models.transformer import stored_transformer, stored_with_lora
 from twostep.models.velocity import Velocity
+from twostep.runtime.checksums import folder_fingerprint, verify
 from twostep.runtime.devices import Placement
-from twostep.runtime.files import folder_fingerprint
 
 _PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
@@ -68,11 +69,13 @@ class ModelFolder:
         name = str(name)
         path = locate(name, patterns)
         check_folder(path)
+        verify(path)
         student = StudentIndex.read(path)
         base = path
         if student is not None and student.teacher is not None:
             base = locate(student.teacher, patterns)
             check_folder(base)
+            verify(base)
             if StudentIndex.read(base) is not None:
                 raise ModelError(f"{path}: its teacher {student.teacher} is a two-step student")
         return ModelFolder(name, path, base, family=_family(base), student=student)
@@ -248,11 +251,35 @@ class ModelFolder:
         return decoder
 
 
+def _check_values(base: Path) -> None:
+    """Numbers by which every picture is multiplied."""
+    vae = read_json(base / "vae" / "config.json")
+    scheduler = read_json(base / "scheduler" / "scheduler_config.json")
+    for part, values, key, usual, low in (
+        ("vae", vae, "scaling_factor", 1.0, 0.0),
+        ("vae", vae, "shift_factor", 0.0, -math.inf),
+        ("scheduler", scheduler, "shift", 1.0, 0.0),
+    ):
+        value = values.get(key, usual)
+        value = usual if value is None else value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low < value < math.inf:
+            raise ModelError(
+                f"{base / part}: {key} must be a finite number above {low:g}, "
+                f"got {repr(value)[:50]}"
+            )
+
+
 def _family(base: Path) -> Family:
     """The family of a diffusers folder."""
     missing = [part for part in _PARTS if not (base / part).exists()]
     if missing:
         raise ModelError(f"{base} is no whole diffusers folder: missing {', '.join(missing)}")
+    index = read_json(base / "model_index.json")
+    unnamed = [part for part in _PARTS[1:] if part not in index]
+    if unnamed:
+        raise ModelError(f"{base / 'model_index.json'} does not name {', '.join(unnamed)}")
+    _check_values(base)
     name = read_json(base / "transformer" / "config.json").get("_class_name")
     if name not in FAMILIES:
         raise ModelError(

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from twostep.errors import ModelError
 from twostep.models.foreign import check_finite, named
 from twostep.models.prompt_store import PromptStore
-from twostep.runtime.files import folder_fingerprint
+from twostep.runtime.checksums import folder_fingerprint
 from twostep.runtime.limits import within
 from twostep.runtime.notices import notice
 

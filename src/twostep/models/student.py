@@ -22,6 +22,7 @@ from twostep.method.schedule import Schedule
 from twostep.models.foreign import read_object
 from twostep.models.lora_files import rank_of, save_lora
 from twostep.models.transformer import transformer_with
+from twostep.runtime.checksums import write_checksums
 from twostep.runtime.files import new_folder, write_json
 
 # What the folder's model_index.json names: the class in its own pipeline.py. Opened as a plain
@@ -63,7 +64,14 @@ class StudentIndex:
         path = folder / "model_index.json"
         index = read_json(path) if path.is_file() else {}
         if "transformer_2" not in index:
+            if (folder / "transformer_2").exists():
+                raise ModelError(f"{path} does not name the folder's transformer_2")
             return None
+        configs = [read_json(folder / part / "config.json") for part in PARTS]
+        for config in configs:
+            config.pop("_name_or_path", None)
+        if configs[0] != configs[1]:
+            raise ModelError(f"{folder}: the configurations of its two transformers differ")
         if "step2_sigma" not in index:
             raise ModelError(f"{path} has transformer_2 but no step2_sigma")
         return _checked(path, "student", index["step2_sigma"], index.get("transition", "euler"))
@@ -86,6 +94,8 @@ def _read_lora_index(path: Path) -> StudentIndex:
 
 def _checked(path: Path, kind: Any, sigma: Any, transition: Any, teacher: Any = None) -> Any:
     try:
+        if not 0 < float(sigma) < 1:
+            raise ValueError(f"step2_sigma must be above 0 and below 1, got {sigma!r}")
         Schedule(1.0, float(sigma), transition)
     except (ValueError, TypeError) as error:
         raise ModelError(f"{path}: {error}") from error
@@ -161,6 +171,7 @@ def write_student(
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for path in temporary.glob("*/*config.json"):
             _forget_places(path)
+        write_checksums(temporary)
 
 
 def _check_written(weights: Mapping[str, Tensor], what: str) -> None:
@@ -206,6 +217,7 @@ def write_lora_pair(
             _check_written(weights, f"{folder}: {step}")
             save_lora(weights, rank_of(weights), temporary, f"{step}.safetensors")
         write_lora_index(temporary, teacher=teacher, schedule=schedule)
+        write_checksums(temporary)
 
 
 def write_lora_index(folder: Path, *, teacher: str, schedule: Schedule) -> None:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and what tells folders of weights apart."""
+"""Files that are either whole or not there."""
 
 from __future__ import annotations
 
@@ -188,22 +188,3 @@ def is_alive(process: int) -> bool:
     except OSError as error:
         return error.errno == errno.EPERM
     return True
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Changes with a model folder's weights, configurations or templates."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".safetensors", ".jinja"):
-            digest.update(path.relative_to(folder).as_posix().encode())
-            digest.update(_sketch(path))
-    return digest.hexdigest()
-
-
-def _sketch(path: Path) -> bytes:
-    """Size, first and last MiB: tells weights apart without reading 12 GB of them."""
-    size, edge = path.stat().st_size, 1 << 20
-    with path.open("rb") as file:
-        head = file.read(edge)
-        file.seek(max(0, size - edge))
-        return size.to_bytes(8, "big") + hashlib.sha256(head + file.read(edge)).digest()

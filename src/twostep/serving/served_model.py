@@ -20,8 +20,8 @@ from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
 from twostep.models.prompt_encoder import PromptEncoder
 from twostep.models.velocity import bind
+from twostep.runtime.checksums import folder_fingerprint
 from twostep.runtime.devices import Placement
-from twostep.runtime.files import folder_fingerprint
 from twostep.runtime.images import to_bytes
 from twostep.serving.catalogue import Offer
 from twostep.serving.jobs import Finished, PictureSpec, Pixels

@@ -20,7 +20,7 @@ from twostep.models.int8 import pack_int8
 from twostep.models.student import STEPS
 from twostep.models.velocity import Velocity
 from twostep.recipe.schema import Recipe
-from twostep.runtime.files import folder_fingerprint
+from twostep.runtime.checksums import folder_fingerprint
 from twostep.runtime.randomness import Stream, torch_seed
 
 # (folder, part, dtype) -> the part's network, where it is to run

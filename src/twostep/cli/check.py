@@ -1,0 +1,24 @@
+"""`twostep check`: whether a folder is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twostep.cli.console import quiet, say
+
+
+def check(
+    folder: Annotated[Path, typer.Argument(help="a model, a teacher's cache or a run")],
+) -> None:
+    """Read a model, a cache or a run from end to end: checksums, lengths, finite values.
+
+    Example: twostep check runs/x/student
+    """
+    from twostep.distill import soundness
+
+    quiet()
+    for line in soundness.check(folder):
+        say(line)
