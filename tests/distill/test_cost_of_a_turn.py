@@ -40,10 +40,12 @@ def counted(model: Any) -> Iterator[list[int]]:
 def cost(recipe: Recipe, *names: str) -> float:
     """Of the named turns, in forwards a sample; a backward of frozen weights is as dear as one."""
     trainer = Trainer(recipe, open_cache(recipe))
-    batch, model = trainer.batches.read(0, "student"), trainer.roles.teacher.model
+    batch, model = trainer.learner.batches.read(0, "student"), trainer.roles.teacher.model
     with counted(model) as seen:
         for name in names:
-            getattr(trainer.objectives, name)(batch, Draws(0, 0, "student", device=CPU)).backward()
+            getattr(trainer.learner.objectives, name)(
+                batch, Draws(0, 0, "student", device=CPU)
+            ).backward()
     return sum(seen) / len(batch.noise) / len(model.layers)
 
 

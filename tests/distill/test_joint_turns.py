@@ -51,13 +51,13 @@ def gradients(trainer: Trainer) -> dict[str, list[Tensor]]:
 def test_the_student_learns_what_it_learns_alone(make_recipe: Make) -> None:
     critic = JOINT["critic"] | {"paired": False}
     trainer = trainer_of(make_recipe(**(JOINT | {"critic": critic})))
-    batch = trainer.batches.read(0, "student")
-    trainer.objectives.student(batch, draws()).backward()
+    batch = trainer.learner.batches.read(0, "student")
+    trainer.learner.objectives.student(batch, draws()).backward()
     alone = gradients(trainer)
     # Neither the critic's heads nor the score learn from what the student is told.
     assert not alone["critic"]
     assert not alone["score"]
-    trainer.objectives.joint(batch, draws()).backward()
+    trainer.learner.objectives.joint(batch, draws()).backward()
     together = gradients(trainer)
     for name in ("first", "second"):
         pairs = zip(alone[name], together[name], strict=True)
@@ -71,15 +71,15 @@ def test_heads_learn_to_tell_the_reals_from_the_students_own_samples(make_recipe
     """Worked out here from the rollout: reals and both steps, re-noised alike."""
     critic = JOINT["critic"] | {"paired": False}
     trainer = trainer_of(make_recipe(**(JOINT | {"critic": critic})))
-    batch, roles = trainer.batches.read(0, "student"), trainer.roles
-    trainer.objectives.joint(batch, draws()).backward()
+    batch, roles = trainer.learner.batches.read(0, "student"), trainer.roles
+    trainer.learner.objectives.joint(batch, draws()).backward()
     found = gradients(trainer)["critic"]
 
     numbers = draws()
     noise = numbers.normal_like(batch.noise)
     with torch.no_grad():
-        rollout = trainer.objectives.student.rollout(noise, batch.prompts, numbers)
-    tau = numbers.sigma(len(noise), trainer.schedule, trainer.recipe.critic.tau_range)
+        rollout = trainer.learner.objectives.student.rollout(noise, batch.prompts, numbers)
+    tau = numbers.sigma(len(noise), trainer.cache.spec.schedule, trainer.recipe.critic.tau_range)
     other = numbers.normal_like(noise)
 
     def logits(clean: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ def test_half_of_the_rows_are_paired_and_the_fakes_learn_from_the_others(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(make_recipe(**JOINT))
-    batch, seen, followed = trainer.batches.read(0, "student"), [], []
-    student, critic = trainer.objectives.student, trainer.objectives.critic
+    batch, seen, followed = trainer.learner.batches.read(0, "student"), [], []
+    student, critic = trainer.learner.objectives.student, trainer.learner.objectives.critic
     rollout, fit = student.rollout, critic._fit
 
     def spy(noise: Tensor, *rest: Any) -> Any:
@@ -112,7 +112,7 @@ def test_half_of_the_rows_are_paired_and_the_fakes_learn_from_the_others(
 
     monkeypatch.setattr(student, "rollout", spy)
     monkeypatch.setattr(critic, "_fit", spy_fit)
-    trainer.objectives.joint(batch, draws()).backward()
+    trainer.learner.objectives.joint(batch, draws()).backward()
     ((noise, made),) = seen
     assert torch.equal(noise[::2], batch.noise[::2])
     assert not any(torch.equal(a, b) for a, b in zip(noise[1::2], batch.noise[1::2], strict=True))

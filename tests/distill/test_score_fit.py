@@ -44,12 +44,12 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
     def loss() -> float:
         """On what is drawn the same each time."""
         draws = [Draws(9, number, "score", device=trainer.device) for number in range(4)]
-        batch = trainer.batches.read(0, "score")
-        return sum(trainer.objectives.score(batch, d).loss.item() for d in draws)
+        batch = trainer.learner.batches.read(0, "score")
+        return sum(trainer.learner.objectives.score(batch, d).loss.item() for d in draws)
 
     before = loss()
     for _ in range(30):
-        trainer.fit_score()
+        trainer.learner.fit_score()
     assert loss() < 0.97 * before
     for name, module in modules.items():
         moved = any(
@@ -67,7 +67,7 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
         torch.equal(a, b) for a, b in zip(fitted, trainer.roles.score.parameters(), strict=True)
     )
     assert "score" not in trainer.state.optimizers
-    assert not trainer.updates["score"].optimizers["score"].state
+    assert not trainer.learner.updates["score"].optimizers["score"].state
     # It is written once, beside the checkpoints, and not into each of them.
     (stored,) = trainer.folder.frozen.rglob("*.safetensors")
     assert len(load_file(stored)) == len(fitted)
@@ -77,10 +77,14 @@ def test_only_the_score_learns_and_then_no_more(make_recipe: Make, student: dict
 
 def test_the_loss_is_flow_matching_on_the_teachers_images(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(score={"fit_turns": 2}))
-    batch = trainer.batches.read(0, "student")
-    found = trainer.objectives.score(batch, Draws(0, 0, "score", device=trainer.device)).loss
+    batch = trainer.learner.batches.read(0, "student")
+    found = trainer.learner.objectives.score(
+        batch, Draws(0, 0, "score", device=trainer.device)
+    ).loss
     draws = Draws(0, 0, "score", device=trainer.device)
-    tau = draws.sigma(len(batch.latents), trainer.schedule, trainer.recipe.losses.tau_range)
+    tau = draws.sigma(
+        len(batch.latents), trainer.cache.spec.schedule, trainer.recipe.losses.tau_range
+    )
     noise = draws.normal_like(batch.latents)
     velocity = trainer.roles.teacher(add_noise(batch.latents, noise, tau), tau, batch.prompts)
     # The fit begins at the teacher's weights.
@@ -90,7 +94,7 @@ def test_the_loss_is_flow_matching_on_the_teachers_images(make_recipe: Make) -> 
 
 def test_dropped_captions_are_the_empty_one(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(score={"fit_turns": 2, "caption_dropout": 0.5}))
-    batch = trainer.batches.read(0, "student")
+    batch = trainer.learner.batches.read(0, "student")
     seen: list[PromptBatch] = []
     velocity = trainer.roles.score.velocity
 
@@ -101,7 +105,7 @@ def test_dropped_captions_are_the_empty_one(make_recipe: Make) -> None:
         return velocity(latents, sigma, prompts, taps)
 
     trainer.roles.score.velocity = watch
-    turn = ScoreTurn(trainer.recipe, trainer.roles, trainer.schedule)
+    turn = ScoreTurn(trainer.recipe, trainer.roles, trainer.cache.spec.schedule)
     drawn = 0
     for number in range(8):
         turn(batch, Draws(0, number, "score", device=trainer.device))
@@ -128,9 +132,9 @@ def test_resumed_in_the_fit_or_after_equals_the_uninterrupted_run(
     begun = trainer_of(recipe("parts"))
     begun.folder.describe(begun.recipe, "cpu")
     for _ in range(3 if stop_in == "fit" else 5):
-        begun.fit_score()
+        begun.learner.fit_score()
     if stop_in == "turns":
-        begun.turn()
+        begun.learner.turn()
     begun.state.save(begun.folder.checkpoints, 2, begun.world)
     resumed = trainer_of(recipe("parts"))
     expected = (3, 0) if stop_in == "fit" else (5, 1)

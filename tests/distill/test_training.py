@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,12 @@ def trainer_of(recipe: Recipe) -> Trainer:
 
 
 def gradients(trainer: Trainer, warming: bool = False) -> tuple[list, list]:
-    batch = trainer.batches.read(0, "student")
+    batch = trainer.learner.batches.read(0, "student")
     draws = Draws(0, 0, "student", device=CPU)
     turn = (
-        trainer.objectives.student.warmup(batch, draws)
+        trainer.learner.objectives.student.warmup(batch, draws)
         if warming
-        else trainer.objectives.student(batch, draws)
+        else trainer.learner.objectives.student(batch, draws)
     )
     trainer.state.optimizers["student"].zero_grad()
     turn.loss.backward()
@@ -84,11 +84,11 @@ def test_end_to_end_gradient_equals_finite_differences(make_recipe: Make) -> Non
     trainer = trainer_of(make_recipe(losses={"step1": {"weight": 0.0}}))
     for role in (trainer.roles.first, trainer.roles.second):
         role.model.double()
-    batch = trainer.batches.read(0, "student")
+    batch = trainer.learner.batches.read(0, "student")
     first = trainer.roles.first.parameters()
 
     def loss() -> torch.Tensor:
-        rollout = trainer.objectives.student.rollout(
+        rollout = trainer.learner.objectives.student.rollout(
             batch.noise.double(), batch.prompts, Draws(0, 0, "student", device=CPU)
         )
         return rollout.clean2.square().mean()
@@ -151,9 +151,11 @@ def test_consistency_compares_neighbours_along_the_teachers_steps(make_recipe: M
             data={"cache": f"{make_recipe().data.cache}-{steps}"},
         )
         trainer = trainer_of(recipe)
-        batch = trainer.batches.read(0, "student")
-        values[steps] = trainer.objectives.student(batch, Draws(0, 0, "student", device=CPU)).loss
-        assert not trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU)).terms
+        batch = trainer.learner.batches.read(0, "student")
+        values[steps] = trainer.learner.objectives.student(
+            batch, Draws(0, 0, "student", device=CPU)
+        ).loss
+        assert not trainer.learner.objectives.critic(batch, Draws(0, 0, "critic", device=CPU)).terms
     assert values[1].item() == 0
 
     draws, teacher = Draws(0, 0, "student", device=CPU), trainer.roles.teacher
@@ -244,7 +246,7 @@ def test_critic_turn_trains_fakes_and_heads_and_nothing_else(make_recipe: Make) 
     trainer = trainer_of(make_recipe(critic={"r1": 0.1}))
     modules = trainer.state.modules
     before = {n: [p.clone() for p in m.parameters()] for n, m in modules.items()}
-    trainer.critic_step()
+    trainer.learner.critic_step()
     for name, module in modules.items():
         moved = any(
             not torch.equal(a, b) for a, b in zip(before[name], module.parameters(), strict=True)
@@ -257,23 +259,23 @@ def test_the_critics_samples_come_from_the_reals_noise_and_the_fakes_do_not(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch, paired: bool
 ) -> None:
     trainer = trainer_of(make_recipe(critic={"paired": paired}))
-    batch = trainer.batches.read(0, "student")
-    rollout, seen = trainer.objectives.student.rollout, []
+    batch = trainer.learner.batches.read(0, "student")
+    rollout, seen = trainer.learner.objectives.student.rollout, []
 
     def spy(noise: torch.Tensor, *rest: Any) -> Any:
         seen.append(noise)
         return rollout(noise, *rest)
 
-    monkeypatch.setattr(trainer.objectives.student, "rollout", spy)
+    monkeypatch.setattr(trainer.learner.objectives.student, "rollout", spy)
     followed: list[torch.Tensor] = []
-    fit = trainer.objectives.critic._fit
+    fit = trainer.learner.objectives.critic._fit
 
     def spy_fit(velocity: Any, clean: torch.Tensor, *rest: Any) -> Any:
         followed.append(clean)
         return fit(velocity, clean, *rest)
 
-    monkeypatch.setattr(trainer.objectives.critic, "_fit", spy_fit)
-    trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU))
+    monkeypatch.setattr(trainer.learner.objectives.critic, "_fit", spy_fit)
+    trainer.learner.objectives.critic(batch, Draws(0, 0, "critic", device=CPU))
     assert torch.equal(seen[-1], batch.noise) == paired
     # Fakes follow the student on noise that the cache does not have.
     fresh = rollout(seen[0], batch.prompts, Draws(0, 0, "critic", device=CPU))
@@ -281,17 +283,17 @@ def test_the_critics_samples_come_from_the_reals_noise_and_the_fakes_do_not(
     torch.testing.assert_close(followed, [fresh.clean1.detach(), fresh.clean2.detach()])
     # A student that makes the teacher's own pictures cannot be told from it.
     perfect = Rollout(batch.latents, batch.noise, batch.latents)
-    monkeypatch.setattr(trainer.objectives.student, "rollout", lambda *_: perfect)
-    terms = trainer.objectives.critic(batch, Draws(0, 0, "critic", device=CPU)).terms
+    monkeypatch.setattr(trainer.learner.objectives.student, "rollout", lambda *_: perfect)
+    terms = trainer.learner.objectives.critic(batch, Draws(0, 0, "critic", device=CPU)).terms
     assert terms["critic/accuracy_final"] == 0.5
 
 
 def test_student_turn_leaves_fakes_and_heads_alone(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(losses={"warmup_turns": 0}))
     modules = trainer.state.modules
-    trainer.critic_step()
+    trainer.learner.critic_step()
     before = {n: [p.clone() for p in m.parameters()] for n, m in modules.items()}
-    trainer.student_step(warming=False)
+    trainer.learner.student_step(warming=False)
     for name, module in modules.items():
         moved = any(
             not torch.equal(a, b) for a, b in zip(before[name], module.parameters(), strict=True)
@@ -304,7 +306,7 @@ def test_fakes_and_critic_get_their_own_warm_up_once(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe(losses={"warmup_turns": 1}, training=training))
     taken = []
     for _ in range(4):
-        trainer.turn()
+        trainer.learner.turn()
         taken.append(trainer.progress.critic_turn)
     assert taken == [0, 7, 9, 11]
 
@@ -318,7 +320,7 @@ def test_rates_fall_over_the_warm_up_and_at_the_end(make_recipe: Make) -> None:
     seen = []
     for turn in range(10):
         trainer.progress.turn = turn
-        trainer.set_rates()
+        trainer.learner.set_rates()
         seen.append(trainer.state.optimizers["student"].param_groups[0]["lr"] / 1e-4)
     expected = [5, 4, 3, 2, 1, 1, 1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.5, 0.1 + 0.9 * 0.25]
     assert seen == pytest.approx(expected)
@@ -332,14 +334,14 @@ def test_rates_rise_at_the_beginning_each_in_its_own_turns(make_recipe: Make) ->
     trainer = trainer_of(make_recipe(losses={"warmup_turns": 0}, training=training))
     seen: dict[str, list[float]] = {"student": [], "fake": [], "critic": []}
     for name, purpose in (("fake", "critic"), ("critic", "critic"), ("student", "student")):
-        optimizer = trainer.updates[purpose].optimizers[name]
+        optimizer = trainer.learner.updates[purpose].optimizers[name]
 
         def note(opt: Any, *_: Any, name: str = name) -> None:
             seen[name].append(opt.param_groups[0]["lr"])
 
         optimizer.register_step_pre_hook(note)
     for _ in range(3):
-        trainer.turn()
+        trainer.learner.turn()
     assert seen["student"] == pytest.approx([0.25e-4, 0.5e-4, 0.75e-4])
     assert seen["fake"] == pytest.approx([0.5e-4, 1e-4, 1.5e-4, 2e-4, 2e-4])
     assert seen["critic"] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
@@ -348,7 +350,7 @@ def test_rates_rise_at_the_beginning_each_in_its_own_turns(make_recipe: Make) ->
 def test_fake_follows_the_student(make_recipe: Make) -> None:
     """Flow matching on a frozen student's samples brings the fake's loss down."""
     trainer = trainer_of(make_recipe(fake={"learning_rate": 2e-3}, training={"batch_size": 8}))
-    history = [float(trainer.critic_step()["fake/final"]) for _ in range(60)]
+    history = [float(trainer.learner.critic_step()["fake/final"]) for _ in range(60)]
     assert sum(history[-10:]) < 0.8 * sum(history[:10])
 
 
@@ -361,7 +363,7 @@ def test_warmup_regresses_on_the_teacher(make_recipe: Make) -> None:
                 training={"turns": 40, "learning_rate": 2e-3, "batch_size": 8},
             )
         )
-        history = [trainer.turn()["final/warmup"] for _ in range(40)]
+        history = [trainer.learner.turn()["final/warmup"] for _ in range(40)]
         assert sum(history[-5:]) < 0.9 * sum(history[:5])
 
 
@@ -420,7 +422,7 @@ def test_pipeline_image_equals_the_trainers_rollout(make_recipe: Make) -> None:
         from twostep.families.zimage import PromptBatch
 
         prompts = PromptBatch.collate(samples.embeds)
-        rollout = trainer.objectives.student.rollout(
+        rollout = trainer.learner.objectives.student.rollout(
             samples.noise, prompts, Draws(0, 0, "student", device=CPU)
         )
     pipe = TwoStepPipeline.from_pretrained(student)
@@ -500,7 +502,7 @@ def test_a_checkpoint_written_meanwhile_is_of_the_turn_that_asked_for_it(
 ) -> None:
     trainer = trainer_of(make_recipe())
     state, folder = trainer.state, trainer.folder.checkpoints
-    trainer.turn()
+    trainer.learner.turn()
     asked = {key: value.clone() for key, value in state._tensors().items()}
     let_go, save_file = threading.Event(), tensor_files.save_file
 
@@ -510,7 +512,7 @@ def test_a_checkpoint_written_meanwhile_is_of_the_turn_that_asked_for_it(
 
     monkeypatch.setattr(tensor_files, "save_file", slowly)
     state.save(folder, 2, trainer.world, background=True)
-    trainer.turn()
+    trainer.learner.turn()
     state.settle(trainer.world)
     assert list_checkpoints(folder) == []
     let_go.set()
@@ -541,7 +543,7 @@ def test_a_write_that_failed_meanwhile_is_told(
 def test_non_finite_turns_are_skipped_counted_and_end_the_run(make_recipe: Make) -> None:
     recipe = make_recipe(training={"max_non_finite": 2})
     trainer = trainer_of(recipe)
-    trainer.student_step(warming=True)
+    trainer.learner.student_step(warming=True)
     before = [p.clone() for p in trainer.roles.student_parameters()]
     healthy = trainer.cache.read
 
@@ -552,15 +554,15 @@ def test_non_finite_turns_are_skipped_counted_and_end_the_run(make_recipe: Make)
 
     trainer.cache.read = poisoned  # type: ignore[method-assign]
     for _ in range(2):
-        trainer.student_step(warming=True)
+        trainer.learner.student_step(warming=True)
     assert trainer.progress.skipped == {"student": 2}
     assert all(
         torch.equal(a, b) for a, b in zip(before, trainer.roles.student_parameters(), strict=True)
     )
     with pytest.raises(TrainingStopped, match="3 times in a row"):
-        trainer.student_step(warming=True)
+        trainer.learner.student_step(warming=True)
     trainer.cache.read = healthy  # type: ignore[method-assign]
-    trainer.student_step(warming=True)
+    trainer.learner.student_step(warming=True)
     assert trainer.progress.skipped_in_a_row == {}
 
 
@@ -594,7 +596,7 @@ def test_signal_saves_and_the_run_goes_on(make_recipe: Make, tmp_path: Path) -> 
 
 def test_interrupt_inside_this_process(make_recipe: Make) -> None:
     trainer = trainer_of(make_recipe())
-    original, calls = trainer.turn, []
+    original, calls = trainer.learner.turn, []
 
     def turn() -> dict[str, float]:
         calls.append(1)
@@ -602,7 +604,7 @@ def test_interrupt_inside_this_process(make_recipe: Make) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return original()
 
-    trainer.turn = turn  # type: ignore[method-assign]
+    trainer.learner.turn = turn  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="SIGINT at turn 2"):
         trainer.train()
     assert Trainer(trainer.recipe, trainer.cache).progress.turn == 2
@@ -615,7 +617,7 @@ def test_best_checkpoint_is_kept_not_the_last(
     distances = iter([5.0, 1.0, 3.0, 4.0, 6.0, 7.0])
     kept = {}
 
-    def offer(self: BestStudent, distance: float, metrics: dict[str, float]) -> None:
+    def offer(self: BestStudent, distance: float, metrics: Mapping[str, float]) -> None:
         kept[trainer.progress.turn] = [v.clone() for v in trainer.state.ema.values]
         original(self, next(distances), metrics)
 
@@ -666,12 +668,12 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     for i in range(3):
         Image.new("RGB", (50, 40 + i), (60 * i, 10, 200)).save(folder / f"{i}.png")
     trainer = trainer_of(make_recipe(data={"reals": str(folder)}))
-    (external,) = trainer.batches.reals.values()
+    (external,) = trainer.learner.batches.reals.values()
     assert external.latents.shape == (3, 8, 8, 8)
-    batch = trainer.batches.read(0, "student")
+    batch = trainer.learner.batches.read(0, "student")
     assert not torch.equal(batch.reals, batch.latents)
     assert torch.equal(
-        trainer_of(make_recipe("teacher")).batches.read(0, "student").reals, batch.latents
+        trainer_of(make_recipe("teacher")).learner.batches.read(0, "student").reals, batch.latents
     )
     assert batch.real_prompts is batch.prompts  # no captions: judged under the student's prompts
     with pytest.raises(RecipeError, match="no images"):
@@ -681,14 +683,14 @@ def test_external_reals_replace_the_teachers(make_recipe: Make, tmp_path: Path) 
     lines = [json.dumps({"file_name": f"{i}.png", "text": t}) for i, t in enumerate(captions)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     captioned = trainer_of(make_recipe("captioned", data={"reals": str(folder)}))
-    batch = captioned.batches.read(3, "student")
-    (external,) = captioned.batches.reals.values()
+    batch = captioned.learner.batches.read(3, "student")
+    (external,) = captioned.learner.batches.reals.values()
     latents, embeds = external.draw(3, 4, seed=0)
     assert not torch.equal(latents, external.draw(3, 4, seed=1)[0])
     assert torch.equal(batch.reals, latents)
     assert embeds is not None
     assert batch.real_prompts.lengths.tolist() == [len(e) for e in embeds]
-    captioned.critic_step()
+    captioned.learner.critic_step()
     (folder / "metadata.jsonl").write_text(lines[0])
     with pytest.raises(RecipeError, match=r"metadata.jsonl has no caption for '1\.png'"):
         trainer_of(make_recipe("partly", data={"reals": str(folder)}))
@@ -736,8 +738,8 @@ def test_evaluations_are_counted_and_kept(make_recipe: Make) -> None:
     """Four samples: a warm-up turn runs two networks with a gradient, three forwards' worth each."""
     recipe = make_recipe(score={"fit_turns": 1}, training={"turns": 3, "save_every": 1})
     trainer = trainer_of(recipe)
-    trainer.fit_score()
-    trainer.turn()
+    trainer.learner.fit_score()
+    trainer.learner.turn()
     assert trainer.progress.fit_evaluations == 3 * 4
     assert trainer.progress.evaluations == 2 * 3 * 4
     trainer.state.save(trainer.folder.checkpoints, 2, trainer.world)
@@ -747,7 +749,7 @@ def test_evaluations_are_counted_and_kept(make_recipe: Make) -> None:
 def test_full_sets_run_compiled(make_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain, compiled = (
-        trainer_of(make_recipe(str(c), training={"compile": c})).critic_step()["fake/final"]
+        trainer_of(make_recipe(str(c), training={"compile": c})).learner.critic_step()["fake/final"]
         for c in (False, True)
     )
     torch.testing.assert_close(compiled, plain)

@@ -204,13 +204,13 @@ def test_the_pair_the_merged_folder_and_the_trainers_rollout_are_one(
 ) -> None:
     trainer = trainer_of(make_recipe(student=LORA, training={"learning_rate": 1e-2}))
     folder = trainer.train()
-    batch = trainer.batches.read(0, "student")
+    batch = trainer.learner.batches.read(0, "student")
     with torch.no_grad(), trainer.state.ema.applied():
         first, second = (
             bind(r, batch.prompts) for r in (trainer.roles.first, trainer.roles.second)
         )
-        rollout = two_step(first, second, batch.noise, trainer.schedule)
-    samples = trainer.cache.read(trainer.batches.order.batch(0, 4, purpose="student"))
+        rollout = two_step(first, second, batch.noise, trainer.cache.spec.schedule)
+    samples = trainer.cache.read(trainer.learner.batches.order.batch(0, 4, purpose="student"))
     export(str(folder), "diffusers", tmp_path / "whole")
     export(str(folder), "lora", tmp_path / "again")
     for student in (folder, tmp_path / "whole", tmp_path / "again"):

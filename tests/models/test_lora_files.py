@@ -302,7 +302,7 @@ def test_a_fine_tune_is_distilled_and_opened_everywhere(
     batch = PromptBatch.collate(tuned.encoder.encode(prompts))
     with torch.no_grad(), trainer.state.ema.applied():
         first, second = (bind(role, batch) for role in (trainer.roles.first, trainer.roles.second))
-        rollout = two_step(first, second, noise, trainer.schedule).clean2
+        rollout = two_step(first, second, noise, trainer.cache.spec.schedule).clean2
     ours = Sampler.load(str(folder)).sample(prompts, noise).latents
     stock = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     stock.set_progress_bar_config(disable=True)

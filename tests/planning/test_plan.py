@@ -90,12 +90,12 @@ def test_weight_bytes_are_those_of_a_real_run(
 def test_activations_are_those_of_a_real_turn(make_recipe: Make, checkpointed: bool) -> None:
     recipe = make_recipe(training={"checkpoint_activations": checkpointed, "batch_size": 8})
     trainer = Trainer(recipe, open_cache(recipe))
-    batch = trainer.batches.read(0, "student")
+    batch = trainer.learner.batches.read(0, "student")
     tokens = int(batch.prompts.lengths.max())
     found = measure(recipe, 1, tokens)
     for name, turn in (
-        ("student", trainer.objectives.student),
-        ("critic", trainer.objectives.critic),
+        ("student", trainer.learner.objectives.student),
+        ("critic", trainer.learner.objectives.critic),
     ):
         parameters = (
             *trainer.roles.student_parameters(),

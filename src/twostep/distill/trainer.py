@@ -7,28 +7,22 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from twostep.data.cache.read import TeacherCache
-from twostep.distill.batches import Batches, rows_of
+from twostep.distill.batches import rows_of
 from twostep.distill.checkpoint import CheckpointError, Progress, TrainingState
 from twostep.distill.checkup import Checkup
-from twostep.distill.ema import Ema
+from twostep.distill.learner import Learner
 from twostep.distill.monitor import Monitor
 from twostep.distill.objectives.build import build_roles, load_whole
-from twostep.distill.objectives.turns import Objectives
-from twostep.distill.optimizers import build_optimizers
-from twostep.distill.outcome import Outcome, followed
+from twostep.distill.outcome import Outcome
 from twostep.distill.progress import TurnProgress
-from twostep.distill.rates import rates, score_rate
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.sharding import Sharder
-from twostep.distill.update import Gradients, TrainingStopped, build_updates
+from twostep.distill.update import TrainingStopped
 from twostep.errors import UserError
 from twostep.evaluation.scorers import load_scorer
 from twostep.recipe.schema import Recipe
-from twostep.runtime.devices import pick_device, plain_attention
+from twostep.runtime.devices import pick_device
 from twostep.runtime.distributed import World
 from twostep.runtime.processes import local_device
 from twostep.runtime.signals import catch_signals
@@ -58,31 +52,20 @@ class Trainer:
         self.scorers = [load_scorer(name) for name in recipe.training.validation_scores]
         self.device = local_device(pick_device(recipe.training.device))
         self.world = World(self.device)
-        rows = rows_of(recipe.training, self.world)
+        rows_of(recipe.training, self.world)  # says at once what cannot be divided
         self.folder = RunFolder(recipe.run_folder)
         self.folder.check_same_recipe(recipe, cache.spec.fingerprint)
-        self.schedule = cache.spec.schedule
         sharded = recipe.distributed.sharding == "shard" and self.world.size > 1
         load = Sharder(recipe, self.world).load if sharded else load_whole(self.device)
         self.roles = build_roles(recipe, cache.spec.teacher, device=self.device, load=load)
-        self.objectives = Objectives.build(recipe, self.roles, self.schedule)
-        self.batches = Batches(recipe, cache, self.device)
-        self.state = TrainingState(
-            self.roles.trained_modules(),
-            build_optimizers(recipe, self.roles),
-            Ema(self.roles.student_parameters(), recipe.training.ema_decay),
-            Progress(),
-            facts={"recipe": recipe.model_dump(mode="json"), "data": cache.spec.fingerprint},
-        )
-        gradients = Gradients(
+        self.learner = Learner(
             recipe,
-            self.batches,
-            rows,
-            world=self.world,
+            cache,
+            self.roles,
+            folder=self.folder,
             device=self.device,
-            computing=self.computing,
+            world=self.world,
         )
-        self.updates = build_updates(self.roles, self.state, gradients)
         checkpoint = self.folder.last_checkpoint()
         self._begun_at = checkpoint
         if checkpoint is not None:
@@ -90,22 +73,11 @@ class Trainer:
 
     @property
     def progress(self) -> Progress:
-        return self.state.progress
+        return self.learner.progress
 
     @property
-    def _share_done(self) -> float:
-        """How much of the run is behind us, by turns or by time, whichever is further; 0 to 1."""
-        settings = self.recipe.training
-        share = self.progress.turn / settings.turns
-        if settings.minutes is not None:
-            share = max(share, self.progress.seconds / (60 * settings.minutes))
-        return min(1.0, share)
-
-    @property
-    def _number(self) -> int:
-        """The student's turns so far; below 0 while the score is fitted."""
-        progress = self.progress
-        return progress.turn + progress.score_turn - self.recipe.score.fit_turns
+    def state(self) -> TrainingState:
+        return self.learner.state
 
     def train(self) -> Path:
         """Trains to the end and returns the student's folder. Every process must call it.
@@ -162,16 +134,16 @@ class Trainer:
             device=self.device,
             world=self.world,
             scorers=self.scorers,
-            computing=self.computing,
+            computing=self.learner.computing,
         )
         records: AbstractContextManager[Monitor | None] = nullcontext()
         if is_first:
-            records = closing(Monitor(self.folder.path, settings.tensorboard, self._number))
+            records = closing(Monitor(self.folder.path, settings.tensorboard, self.learner.number))
         bar = TurnProgress(
             settings.turns, settings.minutes, self.recipe.score.fit_turns, hidden=not is_first
         )
         with records as monitor, catch_signals() as caught, bar:
-            while self._share_done < 1:
+            while self.learner.share_done < 1:
                 self._one_round(checkup, monitor, bar, caught)
         return checkup
 
@@ -180,12 +152,12 @@ class Trainer:
     ) -> None:
         """A turn, and what comes due with it: validation, records, a checkpoint, stopping."""
         settings, progress = self.recipe.training, self.progress
-        fitting = progress.score_turn < self.recipe.score.fit_turns
+        fitting = self.learner.is_fitting
         with self._timed():
-            values = self.fit_score() if fitting else self.turn()
+            values = self.learner.fit_score() if fitting else self.learner.turn()
         (signalled,) = self.world.largest([len(caught)])
         self.state.settle(self.world)
-        turn, last = self._number, self._share_done >= 1
+        turn, last = self.learner.number, self.learner.share_done >= 1
         if (turn % settings.validate_every == 0 and not fitting) or last:
             with self._timed():
                 draw = last or turn % settings.sample_every == 0
@@ -215,96 +187,3 @@ class Trainer:
         yield
         spent = self.progress.seconds + time.monotonic() - started
         (self.progress.seconds,) = self.world.largest([spent])
-
-    def fit_score(self) -> dict[str, float]:
-        """A turn of fitting the score; what to log of it."""
-        progress, update = self.progress, self.updates["score"]
-        update.set_rates({"score": score_rate(self.recipe, turn=progress.score_turn)})
-        with self._counting("fit_evaluations"):
-            terms, _ = update(self.objectives.score, progress.score_turn)
-        progress.score_turn += 1
-        if progress.score_turn == self.recipe.score.fit_turns:
-            self.roles.start_fakes()
-            update.zero()
-            update.optimizers["score"].state.clear()  # its memory is the student's now
-            self.state.freeze("score", self.folder.frozen, self.world)
-        if self._number % self.recipe.training.log_every:
-            return {}
-        logged = {key: float(value) for key, value in terms.items() if key != "loss"}
-        loss = float(terms["loss"])
-        progress.score_loss = followed(progress.score_loss, loss)
-        if progress.score_start is None:
-            progress.score_start = loss
-        return logged | self._skipped()
-
-    def _skipped(self) -> dict[str, float]:
-        """Updates that were refused so far, by kind."""
-        return {f"skipped/{kind}": float(n) for kind, n in self.progress.skipped.items()}
-
-    def turn(self) -> dict[str, float]:
-        """A student turn, after the critic turns that go before it; what to log of it."""
-        settings, progress = self.recipe.training, self.progress
-        warming = progress.turn < self.recipe.losses.warmup_turns
-        logged: dict[str, Tensor] = {}
-        with self._counting("evaluations"):
-            if not warming:
-                first = progress.critic_turn == 0
-                alone = settings.critic_turns - settings.joint_turns
-                for _ in range(alone + first * settings.critic_warmup_turns):
-                    logged |= self.critic_step()
-            logged |= self.student_step(warming=warming)
-        progress.turn += 1
-        if progress.turn % settings.log_every and progress.turn < settings.turns:
-            return {}  # reading a value waits for the device
-        return {key: float(value) for key, value in logged.items()} | self._skipped()
-
-    def set_rates(self) -> None:
-        """The learning rates of the next turn."""
-        progress = self.progress
-        now = rates(
-            self.recipe,
-            turn=progress.turn,
-            critic_turn=progress.critic_turn,
-            share_done=self._share_done,
-        )
-        self.updates["joint"].set_rates(now)
-
-    def critic_step(self) -> dict[str, Tensor]:
-        """One update of fakes and critic; their terms."""
-        self.set_rates()
-        number = self.progress.critic_turn
-        self.progress.critic_turn += 1
-        terms, _ = self.updates["critic"](self.objectives.critic, number)
-        return {key: value for key, value in terms.items() if key != "loss"}
-
-    def student_step(self, *, warming: bool) -> dict[str, Tensor]:
-        """One update of the student; its terms."""
-        self.set_rates()
-        if self.recipe.training.joint_turns and not warming:
-            terms, accepted = self.updates["joint"](self.objectives.joint, self.progress.turn)
-            self.progress.critic_turn += 1
-        else:
-            turn = self.objectives.student.warmup if warming else self.objectives.student
-            terms, accepted = self.updates["student"](turn, self.progress.turn)
-        if accepted:
-            self.state.ema.update()
-        return terms
-
-    @contextmanager
-    def _counting(self, count: str) -> Iterator[None]:
-        """Adds the evaluations of what runs inside to a count of the progress."""
-        before = self.roles.evaluations
-        yield
-        spent = (self.roles.evaluations - before) * self.world.size
-        setattr(self.progress, count, getattr(self.progress, count) + spent)
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """The precision and the attention kernel of every forward."""
-        settings = self.recipe.training
-        precision = torch.autocast(self.device.type, torch.bfloat16, settings.autocast)
-        # Compiled for a CPU, plain matrix products beat flash attention, whose backward pass there
-        # takes a third of a turn (docs/log.md).
-        plain = settings.compile and self.device.type == "cpu"
-        with precision, plain_attention() if plain else nullcontext():
-            yield
