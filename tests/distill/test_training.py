@@ -398,6 +398,7 @@ def test_run_leaves_a_student_metrics_pictures_and_its_recipe(make_recipe: Make)
         "turn-0000006",
     ]
     assert sorted(p.name for p in student.iterdir()) == [
+        "checksums.json",
         "model_index.json",
         "pipeline.py",
         "scheduler",

@@ -189,7 +189,7 @@ def test_training_moves_adapters_only_and_saves_a_student(
     assert student.is_student
     # The adapters as they were trained, and nothing else.
     assert sorted(p.name for p in folder.iterdir()) == [
-        "first.safetensors", "second.safetensors", "twostep.json",
+        "checksums.json", "first.safetensors", "second.safetensors", "twostep.json",
     ]  # fmt: skip
     with trainer.state.ema.applied():
         for step in ("first", "second"):

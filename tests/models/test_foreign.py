@@ -189,9 +189,9 @@ def test_a_template_without_end_is_given_up(
     )
     encoder = ModelFolder.open(folder).encoder(Placement.on("cpu"))
     assert encoder.count_tokens("a dog") >= 1
-    monkeypatch.setattr(prompt_encoder, "_TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr(prompt_encoder, "_TEMPLATE_SECONDS", 0.05)
     # Enough to be late, and over soon: the thread outlives the test.
-    slow = "{% for i in range(1500) %}{% for j in range(1500) %}{% endfor %}{% endfor %}"
+    slow = "{% for i in range(4000) %}{% for j in range(4000) %}{% endfor %}{% endfor %}"
     encoder.tokenizer.chat_template = slow
     started = time.monotonic()
     with pytest.raises(ModelError, match="chat template is not done"):
