@@ -16,11 +16,11 @@ from twostep.models.locate import locate
 from twostep.runtime.checksums import folder_fingerprint
 from twostep.zoo import ZOO, zoo_folder
 
-# As the folders had them when each held all of its parts: caches and figures name these.
+# Of whole files, which caches name; whichever way the folder was made.
 FINGERPRINTS = {
-    "emoji-teacher": "1a40d3582ff22482bb589878d69c1951715e53cc4660a1db46e49ee6ba3926c4",
-    "emoji-student": "884e0dc5e1e7cd5fa62e789d0bc4229397258f4218a7c21132915ddb8dc4ca0b",
-    "emoji-base": "236634fcc73da4251c2651c542c52c2358cdf3c2bf16911802cb7425ef5d145d",
+    "emoji-teacher": "fbee051e4cdb0e9f0c8e2979fa873b3999bc91a9ed4d7f1b1210fbe75fe786bf",
+    "emoji-student": "776da3923f254f8f0895837694ab3b73af4a33ad20b88a2202ff1ed29dcc2e3e",
+    "emoji-base": "5728906ce259a27e8a3fac311ded3835837805719e26fb8feaac40509aad98fe",
 }
 PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
 
