@@ -22,6 +22,7 @@ from twostep.errors import ExportError, RecipeError
 from twostep.exports.registry import ExportOptions, export
 from twostep.families.family import PromptBatch
 from twostep.families.zimage import ZImage
+from twostep.inference.pipeline import TwoStepPipeline
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import two_step
 from twostep.method.schedule import Schedule
@@ -216,6 +217,11 @@ def test_the_pair_the_merged_folder_and_the_trainers_rollout_are_one(
     for student in (folder, tmp_path / "whole", tmp_path / "again"):
         found = Sampler.load(str(student)).sample(samples.prompts, samples.noise)
         torch.testing.assert_close(found.latents, rollout.clean2, atol=1e-3, rtol=1e-3)
+    pipe = TwoStepPipeline.from_pretrained(folder)
+    found = pipe(
+        samples.prompts, height=32, width=32, latents=samples.noise, output_type="latent"
+    ).images
+    torch.testing.assert_close(found, rollout.clean2, atol=1e-3, rtol=1e-3)
     teacher = Sampler.load(str(tiny_folder)).sample(samples.prompts, samples.noise, 2).latents
     assert (teacher - rollout.clean2).abs().max() > 0.05
     for step in ("first", "second"):

@@ -70,15 +70,21 @@ class TwoStepPipeline(ZImagePipeline):
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> TwoStepPipeline:
         """Opens a student folder, `zoo:NAME` or a hub id; keywords as in diffusers.
 
-        The folder's `pipeline.py` is for those without this package and is not run.
+        The folder's `pipeline.py` is for those without this package and is not run. Two LoRA files
+        are merged into a transformer each; `Sampler` holds the teacher's weights once.
 
         Raises:
             ModelError: if there is no such folder, or it is no two-step student.
         """
         folder = ModelFolder.open(os.fspath(model))
-        folder.check_full_student("model")
+        index = folder.check_student("model")
         options = kwargs | {"trust_remote_code": False, "use_safetensors": True}
-        pipe: TwoStepPipeline = super().from_pretrained(folder.path, **options)
+        if index.kind == "lora_pair":
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32
+            names = ("transformer", "transformer_2")
+            options |= {name: folder.stored_transformer(name).to(dtype) for name in names}
+            options |= {"step2_sigma": index.step2_sigma, "transition": index.transition}
+        pipe: TwoStepPipeline = super().from_pretrained(folder.base, **options)
         return pipe
 
     @classmethod
