@@ -108,16 +108,16 @@ def measure_stages(out: Path) -> None:
     from twostep.data.cache import build
     from twostep.distill.best import BestStudent
     from twostep.distill.checkpoint import TrainingState
+    from twostep.distill.learner import Learner
     from twostep.distill.sample_sheet import SampleSheet
-    from twostep.distill.trainer import Trainer
     from twostep.distill.validation import Validator
 
     stages: list[tuple[Any, str, str]] = [
         (build.EncodedPrompts, "encode", "teach: prompts"),
         (build, "build", "teach: pictures"),
-        (Trainer, "fit_score", "score fit"),
-        (Trainer, "critic_step", "critic turn"),
-        (Trainer, "student_step", "student turn"),
+        (Learner, "fit_score", "score fit"),
+        (Learner, "critic_step", "critic turn"),
+        (Learner, "student_step", "student turn"),
         (Validator, "measure", "validation"),
         (SampleSheet, "draw", "sample sheet"),
         (TrainingState, "save", "checkpoint"),

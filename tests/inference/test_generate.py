@@ -126,7 +126,7 @@ def test_prompts_come_from_arguments_files_and_stdin(
 ) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"prompt": "from a file"}))
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n two \n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n two \n")))
     assert read_prompts(["zero", "-"], str(file)) == ["zero", "one", "two", "from a file"]
     with pytest.raises(InputError, match="none given"):
         read_prompts([])

@@ -151,7 +151,9 @@ def test_lora_files_make_pictures_from_the_command_line(pair: Path, tmp_path: Pa
 def test_a_broken_pair_says_what_is_missing(pair: Path, tmp_path: Path) -> None:
     shutil.copytree(pair, tmp_path / "a")
     (tmp_path / "a" / "second.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"lacks second\.safetensors"):
+    with pytest.raises(
+        ModelError, match=r"second\.safetensors is missing; checksums\.json lists it"
+    ):
         Sampler.load(str(tmp_path / "a"))
     shutil.copytree(pair, tmp_path / "b")
     (tmp_path / "b" / "twostep.json").write_text('{"teacher": "x"}')

@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_lora_from_plan_to_picture(tiny_folder: Path, folder: Path) -> None:
     setup, *steps = commands(0)
     assert setup[:2] == ["pip", "install"]
-    names = ["plan", "teach", "distill", "evaluate", "export", "export", "generate"]
+    names = ["plan", "teach", "distill", "evaluate", "generate", "export", "export"]
     assert [command[1] for command in steps] == names
     printed = {command[1]: run(command, tiny_folder) for command in steps}
     assert "fits" in printed["plan"]

@@ -141,7 +141,7 @@ def test_turns_to_reach(study: ModuleType) -> None:
 def test_a_run_counts_the_networks_evaluations(
     make_recipe: Callable[..., Recipe],
 ) -> None:
-    """Per image: 2 calls with gradient in a warm-up turn; 16 in a student's, 12 in a critic's."""
+    """Per image: 2 calls with gradient in a warm-up turn; 16 in a student's, 14 in a critic's."""
     one_run = load("one_run")
     recipe = make_recipe(training={"validate_every": 100, "sample_every": 100})
     open_cache(recipe)
@@ -149,5 +149,5 @@ def test_a_run_counts_the_networks_evaluations(
     done = json.loads((recipe.run_folder / "done.json").read_text())
     settings, warm = recipe.training, recipe.losses.warmup_turns
     turns = settings.turns - warm
-    per_image = warm * 2 * 3 + turns * (2 * 3 + 4 + 2 * 3) + (turns + 1) * (2 + 2 * 3 + 2 * 2)
+    per_image = warm * 2 * 3 + turns * (2 * 3 + 4 + 2 * 3) + (turns + 1) * (2 + 2 + 2 * 3 + 2 * 2)
     assert done["evaluations"] == settings.batch_size * per_image

@@ -44,7 +44,9 @@ class Outcome:
         found = []
         best, start = progress.best_metrics, progress.start_distance
         distance = best.get("kernel_distance")
-        if distance is not None and start is not None and distance > _WORSE * start + _CHANCE:
+        # Of two equal sets the estimate is as often below zero as above.
+        bound = math.inf if start is None else _WORSE * max(start, 0.0) + _CHANCE
+        if distance is not None and distance > bound:
             found.append(
                 f"its best validation is at distance {distance:.3g} from the teacher, the "
                 f"teacher's own weights in two steps at {start:.3g}"

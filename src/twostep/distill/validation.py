@@ -25,6 +25,8 @@ from twostep.runtime.randomness import Stream, seeds_of
 
 # Nearly clean: the features must see the picture, yet stay where the teacher was trained.
 _FEATURE_SIGMA = 0.1
+# Of a channel, against the median channel's.
+_LEAST_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ class Validator:
         others = cache.read(held.reference)
         reference = self._hidden(others.latents, others.embeds)
         # Channels of a hidden state differ in scale by orders of magnitude; each counts alike.
-        self._mean, self._std = reference.mean(0), reference.std(0).clamp_min(1e-6)
+        # Of few images some channel hardly varies, by chance, and would outshine all others.
+        std = reference.std(0)
+        self._mean = reference.mean(0)
+        self._std = std.clamp_min(_LEAST_SPREAD * std.median().item())
         self.reference = self._standardised(reference)
         self.start_distance = kernel_distance(self._features(self.naive_latents), self.reference)
         self.teacher_diversity = pairwise_diversity(
