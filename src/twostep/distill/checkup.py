@@ -23,6 +23,10 @@ from twostep.runtime.devices import Placement
 from twostep.runtime.distributed import World
 
 
+# Images behind a distance that means something.
+_ENOUGH = 6
+
+
 class Checkup:
     """Looks at the averaged student. Every process must make the same calls.
 
@@ -48,7 +52,9 @@ class Checkup:
         self.best = BestStudent(roles, state, folder=folder, world=world)
         with computing():
             self.validator = Validator(recipe, roles, cache, device=device, world=world)
-        state.progress.start_distance = self.validator.start_distance
+        # Of fewer the distance is chance, and no ground to call a run diverged.
+        if len(self.validator.reference) >= _ENOUGH:
+            state.progress.start_distance = self.validator.start_distance
         self.max_non_finite = recipe.training.max_non_finite
         self.by_score = recipe.training.best_by == "score"
         self.scorers = scorers
