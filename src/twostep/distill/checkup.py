@@ -22,7 +22,6 @@ from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import Placement
 from twostep.runtime.distributed import World
 
-
 # Images behind a distance that means something.
 _ENOUGH = 6
 
