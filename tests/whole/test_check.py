@@ -173,6 +173,12 @@ def test_an_empty_index_is_no_teacher(content: str, whole: Path, tmp_path: Path)
         ModelFolder.open(folder)
 
 
+def test_a_model_of_the_package_is_checked_by_its_name() -> None:
+    result = CliRunner().invoke(app, ["check", "zoo:emoji-student"])
+    assert result.exit_code == 0, result.output
+    assert "a sound student, 4 files of weights" in " ".join(result.stdout.split())
+
+
 def test_the_command(whole: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["check", str(whole / "run" / "student")])
     assert done.exit_code == 0

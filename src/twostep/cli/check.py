@@ -11,14 +11,18 @@ from twostep.cli.console import quiet, say
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(help="a model, a teacher's cache or a run")],
+    folder: Annotated[
+        str, typer.Argument(help="a model, a teacher's cache or a run; zoo:NAME, too")
+    ],
 ) -> None:
     """Read a model, a cache or a run from end to end: checksums, lengths, finite values.
 
     Example: twostep check runs/x/student
     """
     from twostep.distill import soundness
+    from twostep.models.locate import locate
 
     quiet()
-    for line in soundness.check(folder):
+    path = locate(folder, ()) if folder.startswith("zoo:") else Path(folder)
+    for line in soundness.check(path):
         say(line)
