@@ -9,7 +9,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,23 @@ def _copying(load: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@contextmanager
+def one_stage(name: str, out: Path) -> Iterator[None]:
+    """What runs inside becomes a line of `out`."""
+    reset_peak()
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        line = {
+            "name": name,
+            "peak_bytes": peak_bytes(),
+            "seconds": time.perf_counter() - started,
+        }
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def measured(owner: Any, attribute: str, stage: str, out: Path) -> None:
     """Each call of `owner.attribute` becomes a line of `out`; a class method stays one."""
     original = getattr(owner, attribute, None)
@@ -86,18 +104,8 @@ def measured(owner: Any, attribute: str, stage: str, out: Path) -> None:
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        reset_peak()
-        started = time.perf_counter()
-        try:
+        with one_stage(stage, out):
             return original(*args, **kwargs)
-        finally:
-            line = {
-                "name": stage,
-                "peak_bytes": peak_bytes(),
-                "seconds": time.perf_counter() - started,
-            }
-            with out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
 
     static = isinstance(vars(owner).get(attribute), staticmethod)
     setattr(owner, attribute, staticmethod(call) if static else call)
@@ -127,22 +135,6 @@ def measure_stages(out: Path) -> None:
         measured(owner, attribute, stage, out)
 
 
-def measure_command(name: str, run: Callable[[], Any], out: Path) -> None:
-    """The whole command as one stage."""
-    reset_peak()
-    started = time.perf_counter()
-    try:
-        run()
-    finally:
-        line = {
-            "name": name,
-            "peak_bytes": peak_bytes(),
-            "seconds": time.perf_counter() - started,
-        }
-        with out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
 def main() -> None:
     out, arguments = Path(sys.argv[1]), sys.argv[2:]
     if arguments[0] == "--time":
@@ -169,7 +161,8 @@ def main() -> None:
         app(arguments, standalone_mode=True)
 
     if arguments[0] in names:
-        measure_command(names[arguments[0]], run, out)
+        with one_stage(names[arguments[0]], out):
+            run()
     else:
         run()
 

@@ -29,6 +29,12 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:NUMBER or
 MemoryOption = Annotated[
     str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
 ]
+DecoderOption = Annotated[
+    str | None, typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id")
+]
+PromptCacheOption = Annotated[
+    Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
+]
 NewFolderOption = Annotated[Path, typer.Option(help="folder to write; must be empty or not there")]
 
 

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from twostep.cli.arguments import (
+    DecoderOption,
     DeviceOption,
     MemoryOption,
+    PromptCacheOption,
     SizeOption,
     open_loras,
     parse_device,
@@ -50,13 +52,8 @@ def generate(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures at a time")] = 16,
     memory: MemoryOption = "plain",
-    decoder: Annotated[
-        str | None,
-        typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id"),
-    ] = None,
-    prompt_cache: Annotated[
-        Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
-    ] = None,
+    decoder: DecoderOption = None,
+    prompt_cache: PromptCacheOption = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(help="a LoRA file on the model, FILE or FILE:SCALE; may be repeated"),

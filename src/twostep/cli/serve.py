@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from twostep.cli.arguments import (
+    DecoderOption,
     DeviceOption,
     MemoryOption,
+    PromptCacheOption,
     open_loras,
     parse_device,
     parse_memory,
@@ -64,13 +66,8 @@ def serve(
     max_pixels: Annotated[int, typer.Option(min=1, help="of one picture")] = 2048 * 2048,
     max_prompt: Annotated[int, typer.Option(min=1, help="characters of a prompt")] = 4000,
     memory: MemoryOption = "plain",
-    decoder: Annotated[
-        str | None,
-        typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id"),
-    ] = None,
-    prompt_cache: Annotated[
-        Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
-    ] = None,
+    decoder: DecoderOption = None,
+    prompt_cache: PromptCacheOption = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="compile the models: a slow start, faster steps")
     ] = False,
