@@ -419,7 +419,7 @@ def test_pipeline_image_equals_the_trainers_rollout(make_recipe: Make) -> None:
     with trainer.state.ema.applied(), torch.no_grad():
         for p in trainer.roles.student_parameters():
             p.copy_(p.bfloat16().float())
-        from twostep.families.zimage import PromptBatch
+        from twostep.families.family import PromptBatch
 
         prompts = PromptBatch.collate(samples.embeds)
         rollout = trainer.learner.objectives.student.rollout(

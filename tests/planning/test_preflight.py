@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from twostep.cli import app
 from twostep.errors import UserError
 from twostep.families.zimage import ZImage
-from twostep.planning import places, preflight
+from twostep.planning import first_look, places, preflight
 from twostep.planning.preflight import check_here, check_plan
 from twostep.recipe.schema import Recipe
 
@@ -93,7 +93,7 @@ def in_place(value: Any, here: Path) -> Any:
 @pytest.fixture(autouse=True)
 def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ZImage, "load", lambda *_: pytest.fail("a network was loaded"))
-    monkeypatch.setattr(preflight, "is_installed", lambda package: package != "tensorboard")
+    monkeypatch.setattr(first_look, "is_installed", lambda package: package != "tensorboard")
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -49,7 +49,7 @@ def test_dry_run_prints_the_resolved_recipe(
     path.write_text(make_recipe().to_yaml())
     result = runner.invoke(app, ["distill", str(path), "training.turns=77", "--dry-run"])
     assert result.exit_code == 0
-    (tmp_path / "again.yaml").write_text(result.output)
+    (tmp_path / "again.yaml").write_text(result.stdout)
     assert Recipe.load(tmp_path / "again.yaml").training.turns == 77
     assert not (tmp_path / "runs").exists()
 

@@ -11,13 +11,14 @@ import sys
 import typer
 
 from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train
+from twostep.cli.console import any_terminal
 from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
 from twostep.runtime.notices import notice
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
     help="Distil a few-step text-to-image flow model into two steps, check it, and run it.",
 )
@@ -42,6 +43,7 @@ def main() -> None:
     0; 1 with a reason (training cannot go on, a disk refuses); 2 for what the user can mend; 130
     after Ctrl-C and 143 after SIGTERM.
     """
+    any_terminal()
     try:
         with ended_by_signals():
             app()

@@ -13,12 +13,11 @@ from twostep.cli.arguments import (
     DeviceOption,
     MemoryOption,
     SizeOption,
-    parse_device,
-    parse_memory,
-    parse_size,
+    parse_usual_size,
 )
-from twostep.cli.console import note, quiet, say
+from twostep.cli.console import note, say, strong
 from twostep.errors import InputError
+from twostep.runtime.devices import check_device_name
 
 
 def evaluate(
@@ -52,7 +51,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="inspector, ocr, clip, or NAME=COMMAND of your own; may be repeated"),
     ] = None,
-    size: SizeOption = "64",
+    size: SizeOption = None,
     halves: Annotated[int, typer.Option(min=0, help="random halves behind each interval")] = 100,
     memory: MemoryOption = "plain",
     device: DeviceOption = "auto",
@@ -64,27 +63,36 @@ def evaluate(
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep evaluate ...
     """
     from twostep.evaluation import entries
+
+    check_device_name(device, option="--device")
+    names = entries.short_names(model)
+    listed = entries.list_entries(reference, reference_steps, names, student_steps=steps)
+    pixels = parse_usual_size(size) or entries.usual_size(listed)
+    entries.check_size(listed, pixels)
+
     from twostep.evaluation import evaluate as evaluation
     from twostep.evaluation.prompts import PromptSet
     from twostep.inference.generate import SamplerOptions
+    from twostep.runtime.devices import pick_device
     from twostep.runtime.processes import local_device
 
-    quiet()
     is_emoji = prompts == "emoji"
     try:
         prompt_set = PromptSet.load(prompts, images, seeds, seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    names = entries.short_names(model)
+    if len(prompt_set) < images:
+        found = len(prompt_set.prompts)
+        note(f"{len(prompt_set)} images of the {images} asked for: {found} prompts x {seeds} seeds")
     request = evaluation.EvaluationRequest(
-        entries=entries.list_entries(reference, reference_steps, names, student_steps=steps),
+        entries=listed,
         prompts=prompt_set,
         features=features or (["inspector"] if is_emoji else ["efficientnet-lite0"]),
         scores=scores if scores is not None else (["inspector"] if is_emoji else []),
         halves=halves,
-        size=parse_size(size),
+        size=pixels,
         options=SamplerOptions(
-            memory=parse_memory(memory), device=local_device(parse_device(device))
+            memory=memory, device=local_device(pick_device(device, option="--device"))
         ),
     )
     comparison = evaluation.evaluate(request, out / "images")
@@ -92,5 +100,5 @@ def evaluate(
         return
     path = out / "metrics.json"
     comparison.write(path, {"command": shlex.join(["twostep", *sys.argv[1:]])})
-    note(f"[bold]{comparison.verdict}[/]")
+    strong(comparison.verdict)
     say(f"report: {path.with_name('report.html')}\n        {path}")

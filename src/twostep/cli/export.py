@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from twostep.cli.arguments import NewFolderOption, SizeOption, parse_size, read_prompts
-from twostep.cli.console import quiet, say
+from twostep.cli.arguments import NewFolderOption, SizeOption, parse_usual_size, read_prompts
+from twostep.cli.console import say
+from twostep.runtime.progress import working
 
 
 def export(
@@ -26,7 +27,7 @@ def export(
         str | None,
         typer.Option(help="for lora: a file of prompts to compare the pictures on"),
     ] = None,
-    size: SizeOption = "64",
+    size: SizeOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="for torch")] = 1,
     caption_tokens: Annotated[
         int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
@@ -36,19 +37,28 @@ def export(
 
     Example: twostep export --model runs/x/student --to comfyui --out exported
     """
-    from twostep.exports import registry
+    from twostep.models.folder import ModelFolder
 
-    quiet()
+    pixels = parse_usual_size(size)
+    student = ModelFolder.open(model)
+    student.check_student("model")
+    if pixels is not None:
+        student.latent_shape(pixels)
+    prompts = () if check is None else read_prompts((), check, option="--check")
+    with working(f"export: {model} to {to}"):
+        from twostep.exports import registry
     options = registry.ExportOptions(
         teacher=teacher,
         rank=rank,
         energy=energy,
-        check=() if check is None else read_prompts((), check, option="--check"),
-        size=parse_size(size),
+        check=prompts,
+        size=pixels,
         batch_size=batch_size,
         caption_tokens=caption_tokens,
     )
-    for line in registry.export(model, to, out, options):
+    with working(f"export: writing {out}"):
+        lines = registry.export(model, to, out, options)
+    for line in lines:
         say(line)
     say(f"written: {out}")
 
@@ -63,10 +73,10 @@ def assemble(
 
     Example: twostep assemble --teacher TEACHER --first a.safetensors --second b/ --out student
     """
-    from twostep.exports import combine
+    with working(f"assemble: writing {out}"):
+        from twostep.exports import combine
 
-    quiet()
-    combine.assemble(teacher, first, second, out=out)
+        combine.assemble(teacher, first, second, out=out)
     say(f"written: {out}")
 
 
@@ -82,8 +92,8 @@ def average(
 
     Example: twostep average runs/a/student runs/b/student --out student
     """
-    from twostep.exports import combine
+    with working(f"average: writing {out}"):
+        from twostep.exports import combine
 
-    quiet()
-    combine.average(students, out=out)
+        combine.average(students, out=out)
     say(f"written: {out}")

@@ -18,12 +18,12 @@ from twostep.cli.arguments import (
     PromptCacheOption,
     open_loras,
     parse_device,
-    parse_memory,
     parse_model,
     parse_size,
 )
-from twostep.cli.console import note, quiet
+from twostep.cli.console import strong
 from twostep.errors import InputError, missing_extra
+from twostep.runtime.devices import check_device_name
 
 if TYPE_CHECKING:
     from twostep.serving.served_model import ModelChoice
@@ -55,7 +55,10 @@ def serve(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="pixels where a request names none: SIDE or WIDTHxHEIGHT (1024)"),
+        typer.Option(
+            help="pixels where a request names none: SIDE or WIDTHxHEIGHT; otherwise "
+            "what the model was made for"
+        ),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="pictures in a batch")] = 8,
     batch_wait: Annotated[
@@ -82,6 +85,11 @@ def serve(
 
     A student and its teacher: twostep serve --model runs/x/student --model teacher=FOLDER@8
     """
+    check_device_name(device, option="--device")
+    if size is not None:
+        parse_size(size)
+    if demo and model:
+        raise InputError("--demo: serves the embedded models, give it or --model")
     try:
         from twostep.serving import served_model
         from twostep.serving.app import AppOptions
@@ -93,8 +101,6 @@ def serve(
         raise missing_extra("serve", error, option="serve") from error
     from twostep.runtime.devices import Placement
 
-    if demo and model:
-        raise InputError("--demo: serves the embedded models, give it or --model")
     options = ServerOptions(
         host=host, port=port, line=queue, max_batch=max_batch, batch_wait=batch_wait / 1000,
         app=AppOptions(
@@ -108,9 +114,8 @@ def serve(
         ),
     )  # fmt: skip
     check_open(options)
-    quiet()
     holding = served_model.HoldingOptions(
-        Placement.on(parse_device(device), parse_memory(memory)), tiny_decoder=decoder,
+        Placement.on(parse_device(device), memory), tiny_decoder=decoder,
         prompt_cache=prompt_cache, compiled=compiled, max_batch=max_batch,
     )  # fmt: skip
     opened = served_model.open_models(
@@ -121,7 +126,7 @@ def serve(
         lambda: served_model.load_models(opened, holding),
         {each.offer.name: each.offer for each in opened},
         options,
-        on_ready=lambda url: note(f"ready at [bold]{url}[/]; Ctrl-C ends"),
+        on_ready=lambda url: strong(f"ready at {url}; Ctrl-C ends"),
     )
 
 

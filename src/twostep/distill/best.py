@@ -65,6 +65,7 @@ class BestStudent:
                     [role.lora() for role in steps if role.lora is not None],
                     teacher=spec.teacher.lasting_name,
                     schedule=spec.schedule,
+                    sizes=spec.sizes,
                 )
         self.world.wait()
         return self.folder.student
@@ -73,7 +74,11 @@ class BestStudent:
         steps = self._steps()
         if self.world.is_first:
             write_student(
-                spec.teacher.base, steps, schedule=spec.schedule, folder=self.folder.student
+                spec.teacher.base,
+                steps,
+                schedule=spec.schedule,
+                folder=self.folder.student,
+                sizes=spec.sizes,
             )
         for _ in steps:  # the others only help to put it together
             pass

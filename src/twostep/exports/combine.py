@@ -32,7 +32,10 @@ def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
     parts = [_part(folder, name) for name in (first, second)]
     if parts[0].config.dim != parts[1].config.dim:
         raise ExportError(f"{first} and {second} have different widths")
-    save_student(folder.base, *parts, schedule=folder.schedule(), folder=out, dtype=parts[0].dtype)
+    save_student(
+        folder.base, *parts,
+        schedule=folder.schedule(), folder=out, dtype=parts[0].dtype, sizes=folder.sizes,
+    )  # fmt: skip
 
 
 def _part(teacher: ModelFolder, name: str) -> Any:
@@ -70,7 +73,10 @@ def average(students: Sequence[str], *, out: Path) -> None:
     check_free(out)
     first, second = (_mean(folders, part) for part in PARTS)
     schedule = folders[0].schedule()
-    save_student(folders[0].base, first, second, schedule=schedule, folder=out, dtype=first.dtype)
+    save_student(
+        folders[0].base, first, second,
+        schedule=schedule, folder=out, dtype=first.dtype, sizes=folders[0].sizes,
+    )  # fmt: skip
 
 
 def _kind(folder: ModelFolder) -> dict[str, Any]:

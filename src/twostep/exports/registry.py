@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ class ExportOptions:
         rank: for `lora`.
         energy: for `lora`, the share of the linear layers' change to keep, in place of `rank`.
         check: for `lora`, prompts on which the files' pictures are compared with the student's.
-        size: (height, width) in pixels, of those pictures and of a `torch` program's.
+        size: (height, width) in pixels, of those pictures and of a `torch` program's; None: the
+            student's own.
         batch_size, caption_tokens: what a `torch` program takes.
     """
 
@@ -37,7 +38,7 @@ class ExportOptions:
     rank: int = 64
     energy: float | None = None
     check: Sequence[str] = ()
-    size: tuple[int, int] = (64, 64)
+    size: tuple[int, int] | None = None
     batch_size: int = 1
     caption_tokens: int = 64
 
@@ -64,6 +65,7 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     folder.check_student("model")
     check_free(out)
     options = options or ExportOptions()
+    options = replace(options, size=options.size or folder.sizes[0])
     _check_options(folder, target, options)
     with new_folder(out) as temporary:
         lines = FORMATS[target](folder, temporary, options)
@@ -76,6 +78,7 @@ def _check_options(student: ModelFolder, target: str, options: ExportOptions) ->
     """What would fail only after the weights are read."""
     if target not in ("lora", "torch"):
         return
+    assert options.size is not None
     student.latent_shape(options.size)
     if target == "torch":
         most = student.family.caption_tokens(student.architecture)
@@ -102,7 +105,9 @@ def _check_options(student: ModelFolder, target: str, options: ExportOptions) ->
 def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     schedule = student.schedule()
     steps = (student.stored_transformer(part) for part in PARTS)
-    write_student(student.base, steps, schedule=schedule, folder=out, dtype=None)
+    write_student(
+        student.base, steps, schedule=schedule, folder=out, dtype=None, sizes=student.sizes
+    )
     card = student_card(out.name, schedule, origin_of(student.path))
     write_text(out / "README.md", card)
     return []
@@ -117,6 +122,7 @@ def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     teacher.check_teacher("teacher")
     if own is not None:
         return copy_pair(student, teacher, out)
+    assert options.size is not None
     return export_lora(
         student, teacher, out,
         rank=options.rank, energy=options.energy, check=options.check, size=options.size,
@@ -128,6 +134,7 @@ def _comfyui(student: ModelFolder, out: Path, options: ExportOptions) -> list[st
 
 
 def _torch(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
+    assert options.size is not None
     return export_programs(
         student, out,
         size=options.size, batch_size=options.batch_size, caption_tokens=options.caption_tokens,

@@ -23,6 +23,7 @@ from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.student import CLASS_NAME, STANDALONE
+from twostep.models.student_index import read_sizes, sizes_text
 from twostep.models.velocity import bind
 from twostep.runtime.checksums import NAME as CHECKSUMS
 
@@ -56,13 +57,14 @@ class TwoStepPipeline(ZImagePipeline):
         transformer_2: Any,
         step2_sigma: float = 0.75,
         transition: str = "euler",
+        sizes: str = "",
     ) -> None:
         # At once, before anything is hung on their forward.
         family = FAMILIES[type(transformer).__name__]
         transformer, transformer_2 = map(family.as_velocity, (transformer, transformer_2))
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
         self.register_modules(transformer_2=transformer_2)
-        self.register_to_config(step2_sigma=step2_sigma, transition=transition)
+        self.register_to_config(step2_sigma=step2_sigma, transition=transition, sizes=sizes)
         most = min(MAX_TOKENS, family.caption_tokens(transformer.config))
         self.encoder = PromptEncoder(tokenizer, text_encoder, cache_size=256, max_tokens=most)
 
@@ -84,6 +86,7 @@ class TwoStepPipeline(ZImagePipeline):
             names = ("transformer", "transformer_2")
             options |= {name: folder.stored_transformer(name).to(dtype) for name in names}
             options |= {"step2_sigma": index.step2_sigma, "transition": index.transition}
+        options.setdefault("sizes", sizes_text(folder.sizes))
         pipe: TwoStepPipeline = super().from_pretrained(folder.base, **options)
         return pipe
 
@@ -111,8 +114,8 @@ class TwoStepPipeline(ZImagePipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        height: int = 1024,
-        width: int = 1024,
+        height: int | None = None,
+        width: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -127,7 +130,8 @@ class TwoStepPipeline(ZImagePipeline):
 
         Args:
             prompt: one or more prompts; or give `prompt_embeds`, one (tokens, D) tensor each.
-            height, width: pixels, multiples of twice the VAE's scale.
+            height, width: pixels, multiples of twice the VAE's scale; None: what the model was made
+                for.
             latents: initial noise (images, C, H, W); drawn from `generator` if None.
             output_type: "pil", "np", "pt" or "latent".
             return_preview: also return the image that step 1 points to.
@@ -147,6 +151,9 @@ class TwoStepPipeline(ZImagePipeline):
             raise ValueError(
                 f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
             )
+        usual = read_sizes(self.config.sizes) or ((1024, 1024),)
+        height = usual[0][0] if height is None else height
+        width = usual[0][1] if width is None else width
         sides = self._space().shape(height, width)
         shape = (count * num_images_per_prompt, *sides)
         if latents is not None and tuple(latents.shape) != shape:

@@ -29,14 +29,15 @@ class TwoStepPipeline(ZImagePipeline):
         transformer_2: Any,
         step2_sigma: float = 0.75,
         transition: str = "euler",
+        sizes: str = "",
     ) -> None:
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
         self.register_modules(transformer_2=transformer_2)
-        self.register_to_config(step2_sigma=step2_sigma, transition=transition)
+        self.register_to_config(step2_sigma=step2_sigma, transition=transition, sizes=sizes)
 
     @torch.no_grad()
     def __call__(self, prompt: Any = None, **arguments: Any) -> Any:
-        """As `ZImagePipeline`'s, in two steps and without guidance.
+        """As `ZImagePipeline`'s, in two steps and without guidance, and in the size made for.
 
         Raises:
             ValueError: for other steps, sigmas or guidance.
@@ -45,6 +46,10 @@ class TwoStepPipeline(ZImagePipeline):
         for name, allowed in fixed.items():
             if arguments.pop(name, None) not in allowed:
                 raise ValueError(f"{name} is fixed in a two-step student: leave it out")
+        usual = (self.config.sizes.split() or ["1024x1024"])[0].split("x")
+        for name, side in zip(("width", "height"), usual, strict=True):
+            if arguments.get(name) is None:
+                arguments[name] = int(side)
         user_callback = arguments.pop("callback_on_step_end", None)
         sigma, shift = self.config.step2_sigma, self.scheduler.config.shift
         noise: list[torch.Tensor] = []

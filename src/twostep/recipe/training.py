@@ -77,8 +77,10 @@ class Training(Section):
         0,
         description="of the data's order, all noise of the turns, adapters and the critic's heads",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU where there is one"
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|(cuda|mps)(:\d{1,3})?)$",
+        description="auto (a GPU where there is one), cpu, cuda, cuda:NUMBER or mps",
     )
     log_every: Count = Field(10, description="turns between lines of metrics.jsonl")
     sample_every: Count = Field(
