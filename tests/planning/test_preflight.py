@@ -50,7 +50,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "trajectory needs step2_sigma on the teacher's grid",
     ),
     "micro batch": ({"training": {"micro_batch": 3}}, r"^training\.micro_batch: 3 does not divide"),
-    "tensorboard": ({"training": {"tensorboard": True}}, r"^training\.tensorboard: .* not installed"),
+    "report_to": ({"training": {"report_to": ["wandb"]}}, r"^training\.report_to: wandb .* not installed"),
     "scorer": (
         {"training": {"validation_scores": ["x=nosuchcommand"]}},
         r"^training\.validation_scores: x: no program 'nosuchcommand'",
@@ -93,7 +93,7 @@ def in_place(value: Any, here: Path) -> Any:
 @pytest.fixture(autouse=True)
 def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ZImage, "load", lambda *_: pytest.fail("a network was loaded"))
-    monkeypatch.setattr(first_look, "is_installed", lambda package: package != "tensorboard")
+    monkeypatch.setattr(first_look, "is_installed", lambda package: package != "wandb")
 
 
 @pytest.mark.parametrize("case", WRONG)

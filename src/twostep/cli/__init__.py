@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train
+from twostep.cli import check, demo, evaluate, export, pictures, recipes, runs, schema, serve, train
 from twostep.cli.console import any_terminal
 from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
@@ -31,6 +31,8 @@ for command in (
     export.export, export.assemble, export.average,
     demo.demo,
     recipes.recipes,
+    recipes.models,
+    runs.runs,
     check.check,
     schema.schema,
 ):  # fmt: skip
@@ -41,7 +43,7 @@ def main() -> None:
     """Entry point. Every ending is one of these, and none but our own mistakes has a traceback.
 
     0; 1 with a reason (training cannot go on, a disk refuses); 2 for what the user can mend; 130
-    after Ctrl-C and 143 after SIGTERM.
+    after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     any_terminal()
     try:

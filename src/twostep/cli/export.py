@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,10 +10,13 @@ from twostep.cli.arguments import NewFolderOption, SizeOption, parse_usual_size,
 from twostep.cli.console import say
 from twostep.runtime.progress import working
 
+# Of `exports/registry.py`, which needs torch.
+Format = Literal["diffusers", "lora", "comfyui", "torch"]
+
 
 def export(
     model: Annotated[str, typer.Option(help="a two-step student: a folder, zoo:NAME or a hub id")],
-    to: Annotated[str, typer.Option(help="diffusers, lora, comfyui or torch (torch.export)")],
+    to: Annotated[Format, typer.Option(help="torch is torch.export")],
     out: NewFolderOption,
     teacher: Annotated[
         str | None, typer.Option(help="for lora: the model the files belong to")

@@ -19,16 +19,19 @@ from twostep.cli.arguments import (
     parse_usual_size,
     read_prompts,
 )
+from twostep.errors import InputError
 from twostep.runtime.devices import check_device_name
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="a folder, zoo:NAME or a hub id")],
+    model: Annotated[
+        str, typer.Option(help="a folder, zoo:NAME (see `twostep models`) or a hub id")
+    ],
     prompts: Annotated[
         list[str] | None, typer.Argument(help="prompts; - reads them from stdin, a line each")
     ] = None,
     prompts_file: Annotated[
-        str | None, typer.Option("--prompts", help="a .txt, .jsonl or .parquet file of prompts")
+        str | None, typer.Option("--prompts", help="parti, or a .txt, .jsonl or .parquet file")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("runs/pictures"),
     seed: Annotated[
@@ -67,6 +70,10 @@ def generate(
     from twostep.inference import generate as making
     from twostep.runtime.progress import progress_bar
 
+    model, named_steps = parse_model(model)
+    if steps is not None and named_steps not in (None, steps):
+        raise InputError(f"steps: {model}@{named_steps} names other steps, got {steps}")
+    steps = steps or named_steps
     options = making.SamplerOptions(
         memory=memory,
         tiny_decoder=decoder,

@@ -35,6 +35,8 @@ def distill_on_ray(recipe: Recipe, workers: int) -> Path:
     CacheSpec.of(recipe)  # what the recipe names wrongly is told here, not by a worker
     # Ray would build an environment of its own for each worker when it is itself run by uv.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Nothing is reported home.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig

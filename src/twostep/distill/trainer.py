@@ -18,6 +18,7 @@ from twostep.distill.outcome import Outcome
 from twostep.distill.progress import TurnProgress
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.sharding import Sharder
+from twostep.distill.trackers import Trackers
 from twostep.distill.update import TrainingStopped
 from twostep.errors import UserError
 from twostep.evaluation.scorers import load_scorer
@@ -133,7 +134,8 @@ class Trainer:
             self.folder.describe(self.recipe, str(self.device))
         records: AbstractContextManager[Monitor | None] = nullcontext()
         if is_first:
-            records = closing(Monitor(self.folder.path, settings.tensorboard, self.learner.number))
+            trackers = Trackers(self.recipe, self.folder.path) if settings.report_to else None
+            records = closing(Monitor(self.folder.path, self.learner.number, trackers))
         bar = self._bar()
         with records as monitor, catch_signals() as caught, bar:
             checkup = Checkup(
@@ -186,17 +188,20 @@ class Trainer:
             values = self.learner.fit_score() if fitting else self.learner.turn()
         name = f"fitting the score, {progress.score_turn} of {self.recipe.score.fit_turns}"
         bar.advance(progress.seconds, turn=progress.turn, phase=name if fitting else "turns")
+        drawn = False
         (signalled,) = self.world.largest([len(caught)])
         self.state.settle(self.world)
         turn, last = self.learner.number, self.learner.share_done >= 1
         if (turn % settings.validate_every == 0 and not fitting) or last:
             bar.phase("validation")
             with self._timed():
-                draw = last or turn % settings.sample_every == 0
-                values |= checkup(draw=draw)
+                drawn = last or turn % settings.sample_every == 0
+                values |= checkup(draw=drawn)
             bar.advance(progress.seconds, turn=progress.turn)
         worth_a_line = turn % settings.log_every == 0 or "validation/diversity" in values
         if monitor is not None and values and worth_a_line:
+            if drawn:
+                monitor.sheet(turn, self.folder.sample_sheet(turn))
             for alarm in monitor.record(turn, values):
                 bar.print(f"alarm: {alarm}")
             bar.show(values)

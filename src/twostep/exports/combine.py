@@ -29,7 +29,7 @@ def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
     folder = ModelFolder.open(teacher)
     folder.check_teacher("teacher")
     check_free(out)
-    parts = [_part(folder, name) for name in (first, second)]
+    parts = [_part(folder, name, part) for name, part in zip((first, second), PARTS, strict=True)]
     if parts[0].config.dim != parts[1].config.dim:
         raise ExportError(f"{first} and {second} have different widths")
     save_student(
@@ -38,7 +38,8 @@ def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
     )  # fmt: skip
 
 
-def _part(teacher: ModelFolder, name: str) -> Any:
+def _part(teacher: ModelFolder, name: str, part: str) -> Any:
+    """A transformer for the step that `part` names; of a student that step's own."""
     path = Path(name)
     if path.suffix == ".safetensors" and path.is_file():
         return stored_with_lora(teacher.base, "transformer", teacher.family.transformer, path)
@@ -47,7 +48,8 @@ def _part(teacher: ModelFolder, name: str) -> Any:
         model = stored_transformer(path, None, teacher.family.transformer)
         check_finite(model, path)
         return model
-    return ModelFolder.open(name).stored_transformer("transformer")
+    whole = ModelFolder.open(name)
+    return whole.stored_transformer(part if whole.student is not None else PARTS[0])
 
 
 def average(students: Sequence[str], *, out: Path) -> None:

@@ -311,7 +311,12 @@ def _family(base: Path) -> Family:
     """The family of a diffusers folder."""
     missing = [part for part in _PARTS if not (base / part).exists()]
     if missing:
-        raise ModelError(f"{base} is no whole diffusers folder: missing {', '.join(missing)}")
+        inside = [n for n in ("student", "diffusers") if (base / n / "model_index.json").is_file()]
+        inside += [n for n in ("student",) if (base / n / "twostep.json").is_file()]
+        hint = f"; did you mean {base / inside[0]}?" if inside else ""
+        raise ModelError(
+            f"{base} is no whole diffusers folder: missing {', '.join(missing)}{hint}"
+        )
     index = read_json(base / "model_index.json")
     unnamed = [part for part in _PARTS[1:] if part not in index]
     if unnamed:

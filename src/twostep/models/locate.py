@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from twostep.errors import ModelError
-from twostep.zoo import zoo_folder
+from twostep.zoo import model_names, zoo_folder
 
 # Pickled weights are never fetched, let alone opened.
 WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
@@ -43,4 +43,5 @@ def locate(name: str, patterns: Sequence[str] = WEIGHTS) -> Path:
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _fetch(name, tuple(patterns))
-    raise ModelError(f"no model folder at {name!r}")
+    hint = f"; did you mean zoo:{name}?" if name in model_names() else ""
+    raise ModelError(f"no model folder at {name!r}{hint}")

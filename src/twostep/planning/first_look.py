@@ -47,7 +47,9 @@ def is_installed(package: str) -> bool:
 
 def check_packages(recipe: Recipe) -> None:
     """Raises RecipeError for a package that the recipe needs and that is not there."""
-    if recipe.training.tensorboard and not is_installed("tensorboard"):
-        raise RecipeError(
-            "training.tensorboard: true needs the package tensorboard, which is not installed"
-        )
+    for package in recipe.training.report_to:
+        if not is_installed(package):
+            raise RecipeError(
+                f"training.report_to: {package} needs the package {package}, which is not "
+                f'installed: `pip install "twostep[{package}]"`'
+            )

@@ -113,8 +113,10 @@ class Training(Section):
         False, description="train on while a checkpoint is written; takes memory for a copy of it"
     )
     max_non_finite: Count = Field(10, description="stop after this many skipped turns in a row")
-    tensorboard: bool = Field(
-        False, description="scalars to RUN/tensorboard too; needs the package tensorboard"
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="trackers that get recipe, scalars and sample sheets beside metrics.jsonl: "
+        "tensorboard (files in RUN/tensorboard), wandb, trackio; each needs its package",
     )
 
 

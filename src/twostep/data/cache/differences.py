@@ -47,7 +47,7 @@ _KEYS = {
 def another_recipe(spec: CacheSpec, manifest: Mapping[str, Any]) -> str:
     """That a finished cache is another recipe's, by which keys, and what to do."""
     wanted = described(spec)
-    found = []
+    found: list[str] = []
     for key, name in _KEYS.items():
         if key not in manifest or manifest[key] == wanted[key]:
             continue  # earlier versions did not say everything
@@ -57,8 +57,8 @@ def another_recipe(spec: CacheSpec, manifest: Mapping[str, Any]) -> str:
         found.append(name if short else f"{name} {manifest[key]}, now {wanted[key]}")
     what = "; ".join(found) or "another teacher, schedule or prompt set"
     return (
-        f"data.cache: {spec.location} was made with {what}. Name another data.cache, or rebuild it: "
-        f"{REPAIR}"
+        f"data.cache: {spec.location} was made with {what}. Name another data.cache, or rebuild "
+        f"it: {REPAIR}"
     )
 
 

@@ -69,7 +69,8 @@ def verdict(report: dict[str, Any]) -> str:
     sentences.append(f"{sentence}.")
     if report.get("images", _FEW) < _FEW:
         sentences.append(
-            f"That is on {report['images']} images of {report['prompts']} prompts: too few to judge."
+            f"That is on {report['images']} images of {report['prompts']} prompts: "
+            "too few to judge."
         )
     for key in others:
         sentence, accuracy = who[key] + _closes(closed.get(key), " of it"), overall(models[key])
