@@ -12,7 +12,7 @@ from twostep.errors import ModelError
 from twostep.zoo import zoo_folder
 
 # Pickled weights are never fetched, let alone opened.
-WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.safetensors")
+WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.safetensors", "README.md")
 CONFIGURATIONS = ("*.json",)
 
 
