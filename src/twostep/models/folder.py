@@ -23,7 +23,7 @@ from twostep.method.schedule import Schedule
 from twostep.models.adapters import load_lora_pair
 from twostep.models.codec import Decoder
 from twostep.models.foreign import check_finite, check_folder, named
-from twostep.models.locate import WEIGHTS, locate
+from twostep.models.locate import WEIGHTS, Hub, locate
 from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
@@ -57,23 +57,27 @@ class ModelFolder:
     loras: tuple[LoraFile, ...] = ()
 
     @staticmethod
-    def open(name: str | Path, patterns: Sequence[str] = WEIGHTS) -> ModelFolder:
+    def open(
+        name: str | Path, patterns: Sequence[str] = WEIGHTS, *, hub: Hub | None = None
+    ) -> ModelFolder:
         """Reads what the folder says of itself; loads no weights.
 
         Args:
             patterns: the files that are fetched of a model on the hub.
+            hub: how; of the teacher that LoRA files name, all but the revision, which is its own.
 
         Raises:
             ModelError: if there is no such folder, parts of it are missing, or no family knows it.
         """
         name = str(name)
-        path = locate(name, patterns)
+        hub = hub or Hub()
+        path = locate(name, patterns, hub)
         check_folder(path)
         verify(path)
         student = StudentIndex.read(path)
         base = path
         if student is not None and student.teacher is not None:
-            base = locate(student.teacher, patterns)
+            base = locate(student.teacher, patterns, replace(hub, revision=None))
             check_folder(base)
             verify(base)
             if StudentIndex.read(base) is not None:
