@@ -39,6 +39,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would build an environment of its own for each worker when it is itself run by uv.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    # A cluster of one machine: despite its name, on any system it keeps Ray to the loopback.
     if is_own_cluster():
+        # Its workers would give way to whatever else runs here.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        # Despite its name, on any system this keeps Ray to the loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
