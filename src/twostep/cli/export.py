@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -11,12 +12,20 @@ from twostep.cli.console import say
 from twostep.runtime.progress import working
 
 # Of `exports/registry.py`, which needs torch.
-Format = Literal["diffusers", "lora", "comfyui", "torch"]
+Format = Literal["diffusers", "server", "lora", "comfyui", "torch"]
+
+LicenceOption = Annotated[
+    str | None,
+    typer.Option("--license", help="for the hub: in place of the teacher's own, e.g. apache-2.0"),
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="on the hub, for yourself alone")]
 
 
 def export(
     model: Annotated[str, typer.Option(help="a two-step student: a folder, zoo:NAME or a hub id")],
-    to: Annotated[Format, typer.Option(help="torch is torch.export")],
+    to: Annotated[
+        Format, typer.Option(help="server is for vLLM-Omni and SGLang, torch is torch.export")
+    ],
     out: NewFolderOption,
     teacher: Annotated[
         str | None, typer.Option(help="for lora: the model the files belong to")
@@ -35,6 +44,15 @@ def export(
     caption_tokens: Annotated[
         int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
     ] = 64,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="the teacher's name on the hub, where the student says another"),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="OWNER/NAME: upload it to the Hugging Face hub, too")
+    ] = None,
+    licence: LicenceOption = None,
+    private: PrivateOption = False,
 ) -> None:
     """Write a student in a format that others read.
 
@@ -49,12 +67,15 @@ def export(
         student.latent_shape(pixels)
     prompts = () if check is None else read_prompts((), check, option="--check")
     with working(f"export: {model} to {to}"):
-        from twostep.exports import registry
+        from twostep.exports import hub, registry
+    if push is not None:
+        hub.check_repo(push)
     options = registry.ExportOptions(
         teacher=teacher,
         rank=rank,
         energy=energy,
         check=prompts,
+        base_model=base_model,
         size=pixels,
         batch_size=batch_size,
         caption_tokens=caption_tokens,
@@ -64,6 +85,25 @@ def export(
     for line in lines:
         say(line)
     say(f"written: {out}")
+    if push is not None:
+        hub.prepare(out, push, licence=licence)
+        say(f"uploaded: {hub.push(out, push, private=private)}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="a run's student, or what an export wrote")],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    licence: LicenceOption = None,
+    private: PrivateOption = False,
+) -> None:
+    """Upload a student's folder to the Hugging Face hub; its card is made for the new place.
+
+    Example: twostep push runs/x/student me/my-two-step --license apache-2.0
+    """
+    from twostep.exports import hub
+
+    hub.prepare(folder, name, licence=licence)
+    say(f"uploaded: {hub.push(folder, name, private=private)}")
 
 
 def assemble(

@@ -18,7 +18,7 @@ from twostep.families import FAMILIES
 from twostep.families.family import Family, LatentSpace
 from twostep.method.schedule import Schedule
 from twostep.models.foreign import check_finite, check_folder, named
-from twostep.models.locate import WEIGHTS, locate
+from twostep.models.locate import WEIGHTS, Hub, locate
 from twostep.models.student_index import PARTS, STEPS, Size, StudentIndex, read_json
 from twostep.runtime.checksums import folder_fingerprint, verify
 
@@ -58,23 +58,27 @@ class ModelFolder:
     loras: tuple[LoraFile, ...] = ()
 
     @staticmethod
-    def open(name: str | Path, patterns: Sequence[str] = WEIGHTS) -> ModelFolder:
+    def open(
+        name: str | Path, patterns: Sequence[str] = WEIGHTS, *, hub: Hub | None = None
+    ) -> ModelFolder:
         """Reads what the folder says of itself; loads no weights.
 
         Args:
             patterns: the files that are fetched of a model on the hub.
+            hub: how; of the teacher that LoRA files name, all but the revision, which is its own.
 
         Raises:
             ModelError: if there is no such folder, parts of it are missing, or no family knows it.
         """
         name = str(name)
-        path = locate(name, patterns)
+        hub = hub or Hub()
+        path = locate(name, patterns, hub)
         check_folder(path)
         verify(path)
         student = StudentIndex.read(path)
         base = path
         if student is not None and student.teacher is not None:
-            base = locate(student.teacher, patterns)
+            base = locate(student.teacher, patterns, replace(hub, revision=None))
             check_folder(base)
             verify(base)
             if StudentIndex.read(base) is not None:
@@ -243,6 +247,19 @@ class ModelFolder:
         place(models, placement)
         return tuple(models)
 
+    def velocity(self, step: int, placement: Placement) -> Velocity:
+        """One of a student's steps, counted from 0, without the other where it has its own
+        weights: a student of two LoRA files has one transformer for both."""
+        self.check_student("step")
+        if self.kind == "lora_pair":
+            return self.velocities(placement)[step]
+        from twostep.models.offload import place
+
+        model = self.load(PARTS[step], placement.dtype)
+        place([model], placement)
+        velocity: Velocity = model
+        return velocity
+
     def stored_transformer(self, part: str) -> Any:
         """A transformer as diffusers has it, in the dtype it is stored in, LoRA files merged."""
         from twostep.models.transformer import stored_transformer, stored_with_lora
@@ -314,9 +331,7 @@ def _family(base: Path) -> Family:
         inside = [n for n in ("student", "diffusers") if (base / n / "model_index.json").is_file()]
         inside += [n for n in ("student",) if (base / n / "twostep.json").is_file()]
         hint = f"; did you mean {base / inside[0]}?" if inside else ""
-        raise ModelError(
-            f"{base} is no whole diffusers folder: missing {', '.join(missing)}{hint}"
-        )
+        raise ModelError(f"{base} is no whole diffusers folder: missing {', '.join(missing)}{hint}")
     index = read_json(base / "model_index.json")
     unnamed = [part for part in _PARTS[1:] if part not in index]
     if unnamed:

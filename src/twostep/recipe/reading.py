@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from twostep.errors import RecipeError
+from twostep.zoo import recipe_names
 
 _MOST_BYTES = 1 << 20
 _MOST_NODES = 20_000
