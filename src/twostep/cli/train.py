@@ -130,7 +130,7 @@ def plan(
     with working(f"plan: checking {resolved.name}"):
         from twostep.planning import preflight, tables, training
 
-        preflight.check_plan(resolved, processes=gpus)
+        roles = preflight.check_plan(resolved, processes=gpus)
     found = training.plan(
         resolved,
         processes=gpus,
@@ -138,6 +138,7 @@ def plan(
         prompt_tokens=prompt_tokens,
         tflops=tflops,
         disk_rate=disk_rate,
+        roles=roles,
     )
     if as_json:
         print(found.as_json())

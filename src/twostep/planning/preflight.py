@@ -38,8 +38,11 @@ from twostep.runtime.processes import Share
 _CAPTION_TOKENS = 64
 
 
-def check_plan(recipe: Recipe, *, processes: int = 1) -> None:
+def check_plan(recipe: Recipe, *, processes: int = 1) -> Roles:
     """What can be known of a recipe without this machine's disks, weights or prompts.
+
+    Returns:
+        Its roles, on the meta device.
 
     Raises:
         RecipeError, ModelError: naming the setting, its value and what is allowed.
@@ -50,7 +53,7 @@ def check_plan(recipe: Recipe, *, processes: int = 1) -> None:
     divide_batch(
         recipe.training.batch_size, processes=processes, micro_batch=recipe.training.micro_batch
     )
-    _roles(recipe, folder)
+    return _roles(recipe, folder)
 
 
 def check_here(
