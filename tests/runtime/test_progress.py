@@ -91,18 +91,33 @@ def test_time_left_is_of_this_run_and_ends_with_the_minutes() -> None:
 def test_the_bar_fits(width: int) -> None:
     from rich.console import Console
 
-    class Live:
-        console = Console(width=width)
-
     bar = TurnProgress(10_000, None, others=500, hidden=True)
     bar.begin(0, 0.0)
     bar.advance(3723.0, turn=9_999, phase="fakes and critic alone, 19 of 20")
     bar.show(LOSSES)
-    bar._live = Live()
+    bar._console = Console(width=width)
     lines = bar._drawn().splitlines()
     assert all(len(line) < width for line in lines)
     assert "turn 9999 of 10000" in lines[0]
     if width >= 80:
         assert "left" in lines[0]
         assert lines[0][0] in "━┈#."
-        assert "diversity 0.712" in lines[1]
+        assert lines[1].startswith("fakes and critic alone, 19 of 20  loss 2.49")
+
+
+def test_the_bar_is_drawn_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("twostep.distill.progress.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with TurnProgress(10, None) as bar:
+        bar.begin(0, 0.0)
+        bar.print("alarm: [not markup]")
+        for turn in range(1, 6):
+            bar.advance(float(turn), turn=turn)
+        bar.show({"loss": 0.5})
+    said = capsys.readouterr().err
+    assert "alarm: [not markup]" in said
+    assert "turn 5 of 10  50%  0:05 left  0:05" in said
+    assert "loss 0.5" in said

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twostep.cli.console import as_typed
 from twostep.errors import InputError, ModelError
 from twostep.runtime.devices import Memory
 
@@ -148,7 +149,7 @@ def read_prompts(
     from twostep.data.prompts import load_prompts
 
     found: list[str] = []
-    for prompt in prompts:
+    for prompt in map(as_typed, prompts):
         lines = list(_stdin()) if prompt == "-" else [checked(prompt, "prompt")]
         found.extend(line for line in lines if line or prompt != "-")
     if file is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 
@@ -45,20 +47,25 @@ def _styled(text: str, style: str) -> None:
 
 
 def any_terminal() -> None:
-    """Output that the terminal's encoding lacks comes as escapes; arguments are read as UTF-8."""
+    """Output that a terminal's encoding lacks comes as escapes; names of files as they were."""
+    codecs.register_error("twostep", _shown)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower() not in _UTF8:
-            stream.reconfigure(errors="backslashreplace")
-    sys.argv[1:] = [_utf8(argument) for argument in sys.argv[1:]]
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="twostep")
 
 
-_UTF8 = ("utf-8", "utf8", "utf_8")
+def _shown(error: UnicodeError) -> tuple[bytes | str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    part = error.object[error.start : error.end]
+    try:
+        return part.encode("ascii", "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return part.encode("ascii", "backslashreplace"), error.end
 
 
-def _utf8(argument: str) -> str:
-    """What a locale without UTF-8 made of an argument, as it was meant."""
-    if not any("\ud800" <= character <= "\udfff" for character in argument):
-        return argument
+def as_typed(argument: str) -> str:
+    """What a locale without UTF-8 made of an argument's text, as it was meant; not for paths."""
     try:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeError:

@@ -19,6 +19,7 @@ from twostep.cli.arguments import (
     parse_usual_size,
     read_prompts,
 )
+from twostep.cli.console import as_typed
 from twostep.errors import InputError
 from twostep.runtime.devices import check_device_name
 
@@ -120,8 +121,8 @@ def compare(
     from twostep.inference import compare as comparing
 
     path = comparing.compare(
-        [parse_model(model) for model in models], prompt, out, seed=seed, count=count,
-        size=parse_usual_size(size), preview=preview,
+        [parse_model(model) for model in models], [as_typed(p) for p in prompt], out,
+        seed=seed, count=count, size=parse_usual_size(size), preview=preview,
         device=check_device_name(device, option="--device"),
     )  # fmt: skip
     print(path)

@@ -41,6 +41,7 @@ class TurnProgress:
         self._latest: dict[str, float] = {}
         self._lines: Lines | None = None
         self._live: Any = None
+        self._console: Any = None
 
     def __enter__(self) -> TurnProgress:
         if self.hidden:
@@ -48,9 +49,14 @@ class TurnProgress:
         if is_terminal():
             from rich.console import Console
             from rich.live import Live
+            from rich.text import Text
 
-            console = Console(stderr=True)
-            self._live = Live(console=console, get_renderable=self._drawn, refresh_per_second=4)
+            self._console = Console(stderr=True)
+            self._live = Live(
+                console=self._console,
+                get_renderable=lambda: Text(self._drawn()),
+                refresh_per_second=4,
+            )
             self._live.start()
         else:
             self._lines = Lines(f"distil: {self._phase}")
@@ -70,7 +76,7 @@ class TurnProgress:
     def print(self, text: str) -> None:
         """A line above the bar."""
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif not self.hidden:
             write_line(text)
 
@@ -131,13 +137,14 @@ class TurnProgress:
 
     def _drawn(self) -> str:
         """Two lines that fit; what has no room is left out from the end."""
-        width = self._live.console.width - 1
-        state = [*self._state(), clock(self._seconds), *([self._phase] * (self._phase != "turns"))]
+        width = self._console.width - 1
+        state = [*self._state(), clock(self._seconds)]
         room = max(0, min(30, width - 2 * len(state) - sum(map(len, state)) - 2))
         filled = round(room * self.share)
-        solid, empty = _BLOCKS if _shows(self._live.console.encoding) else _PLAIN_BLOCKS
+        solid, empty = _BLOCKS if _shows(self._console.encoding) else _PLAIN_BLOCKS
         first = _fitted([solid * filled + empty * (room - filled), *state], width)
-        return f"{first}\n{_fitted(self._losses(), width)}"
+        phase = [] if self._phase == "turns" else [self._phase]
+        return f"{first}\n{_fitted([*phase, *self._losses()], width)}"
 
 
 _BLOCKS, _PLAIN_BLOCKS = ("━", "┈"), ("#", ".")

@@ -5,6 +5,7 @@ By accelerate's classes. Nothing is reported anywhere unless `training.report_to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Trackers:
     """
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
+        _own_logger()
         self._each = [_STARTED[name](recipe, folder) for name in recipe.training.report_to]
         for tracker in self._each:
             tracker.main_process_only = False  # whoever is here is the first process
@@ -55,6 +57,13 @@ class Trackers:
     def close(self) -> None:
         for tracker in self._each:
             tracker.finish()
+
+
+def _own_logger() -> None:
+    """accelerate's trackers log through its process state, which is not set up here."""
+    from accelerate import tracking
+
+    tracking.logger = logging.getLogger("accelerate.tracking")
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -359,6 +360,14 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}-preview.png")
 
 
+def _is_a_name(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _slug(prompt: str) -> str:
     """A file name from a prompt; word characters of any script are kept.
 
@@ -367,6 +376,8 @@ def _slug(prompt: str) -> str:
     words = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "picture"
     # File systems count bytes; some hold 255 of them, with seed, steps and a suffix.
     words = words.encode("utf-8", "replace")[:160].decode("utf-8", "ignore")
+    if not _is_a_name(words):  # a locale without such characters
+        words = re.sub(r"[^A-Za-z0-9-]+", "", words) or "picture"
     if words.replace("-", " ") == prompt:
         return words
     digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()

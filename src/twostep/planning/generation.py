@@ -84,7 +84,7 @@ def generation_needs(
     folder = open_weightless(model)
     shape = (batch_size, *folder.space.shape(*size))
     width = folder.family.caption_width(folder.architecture)
-    parts = _parts(model, steps, memory, rank, dtype)
+    parts = _parts(model, steps, memory=memory, rank=rank, dtype=dtype)
     with torch.no_grad(), ShapesOnly():
         prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * batch_size)
         noise = torch.randn(shape)
@@ -113,7 +113,7 @@ class _Parts:
 
 
 @lru_cache(maxsize=1)
-def _parts(model: str, steps: Steps, memory: Memory, rank: int, dtype: torch.dtype) -> _Parts:
+def _parts(model: str, steps: Steps, *, memory: Memory, rank: int, dtype: torch.dtype) -> _Parts:
     """Made once for all batch sizes."""
     folder = open_weightless(model)
     # On the meta device first: what shapes alone begin as stays on its device.

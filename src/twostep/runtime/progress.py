@@ -61,10 +61,8 @@ class Lines:
 
 
 def write_line(text: str) -> None:
-    """A line on stderr; characters that it cannot show as escapes."""
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    shown = text.encode(encoding, "backslashreplace").decode(encoding)
-    print(shown, file=sys.stderr, flush=True)
+    """A line on stderr, where Python shows as escapes what the encoding lacks."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Advance:
