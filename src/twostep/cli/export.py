@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from twostep.cli.arguments import NewFolderOption, SizeOption, parse_size, read_prompts
+from twostep.cli.arguments import (
+    LoraOption,
+    NewFolderOption,
+    SizeOption,
+    open_loras,
+    parse_dtype,
+    parse_size,
+    read_prompts,
+)
 from twostep.cli.console import quiet, say
 
 
@@ -27,6 +35,11 @@ def export(
         typer.Option(help="for lora: a file of prompts to compare the pictures on"),
     ] = None,
     size: SizeOption = "64",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of the weights: float32, bfloat16 or float16; as stored without it"),
+    ] = None,
+    lora: LoraOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="for torch")] = 1,
     caption_tokens: Annotated[
         int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
@@ -47,6 +60,8 @@ def export(
         size=parse_size(size),
         batch_size=batch_size,
         caption_tokens=caption_tokens,
+        dtype=parse_dtype(dtype),
+        loras=open_loras(lora or ()),
     )
     for line in registry.export(model, to, out, options):
         say(line)
@@ -55,7 +70,7 @@ def export(
 
 def assemble(
     teacher: Annotated[str, typer.Option(help="gives everything but the transformers")],
-    first: Annotated[str, typer.Option(help="a transformer's folder, or a LoRA file")],
+    first: Annotated[str, typer.Option(help="a folder, a whole transformer in a file, or a LoRA")],
     second: Annotated[str, typer.Option(help="the same, for the second step")],
     out: NewFolderOption,
 ) -> None:

@@ -15,6 +15,7 @@ from twostep.exports.comfyui import export_comfyui
 from twostep.exports.lora import copy_pair, export_lora
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import LoraFile
 from twostep.models.student import PARTS, check_free, write_student
 from twostep.runtime.checksums import verify, write_checksums
 from twostep.runtime.files import new_folder, write_text
@@ -31,6 +32,8 @@ class ExportOptions:
         check: for `lora`, prompts on which the files' pictures are compared with the student's.
         size: (height, width) in pixels, of those pictures and of a `torch` program's.
         batch_size, caption_tokens: what a `torch` program takes.
+        dtype: of the weights that are written; None: as they are stored.
+        loras: LoRA files that become part of both steps.
     """
 
     teacher: str | None = None
@@ -40,6 +43,8 @@ class ExportOptions:
     size: tuple[int, int] = (64, 64)
     batch_size: int = 1
     caption_tokens: int = 64
+    dtype: torch.dtype | None = None
+    loras: Sequence[LoraFile] = ()
 
 
 # (student, folder to write, options) -> what the user should know, a line each
@@ -64,6 +69,7 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     folder.check_student("model")
     check_free(out)
     options = options or ExportOptions()
+    folder = folder.with_loras(options.loras)
     _check_options(folder, target, options)
     with new_folder(out) as temporary:
         lines = FORMATS[target](folder, temporary, options)
@@ -101,7 +107,7 @@ def _check_options(student: ModelFolder, target: str, options: ExportOptions) ->
 
 def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     schedule = student.schedule()
-    steps = (student.stored_transformer(part) for part in PARTS)
+    steps = (student.stored_transformer(part, options.dtype) for part in PARTS)
     write_student(student.base, steps, schedule=schedule, folder=out, dtype=None)
     card = student_card(out.name, schedule, origin_of(student.path))
     write_text(out / "README.md", card)
@@ -116,10 +122,11 @@ def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     teacher = ModelFolder.open(named)
     teacher.check_teacher("teacher")
     if own is not None:
-        return copy_pair(student, teacher, out)
+        return copy_pair(student, teacher, out, dtype=options.dtype)
     return export_lora(
         student, teacher, out,
         rank=options.rank, energy=options.energy, check=options.check, size=options.size,
+        dtype=options.dtype,
     )  # fmt: skip
 
 
