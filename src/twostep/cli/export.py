@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,10 @@ from twostep.cli.arguments import (
     read_prompts,
 )
 from twostep.cli.console import quiet, say
+from twostep.errors import InputError
+
+if TYPE_CHECKING:
+    from twostep.exports.packed import Packing
 
 
 def export(
@@ -40,6 +44,13 @@ def export(
         typer.Option(help="of the weights: float32, bfloat16 or float16; as stored without it"),
     ] = None,
     lora: LoraOption = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="for comfyui: fp8 or int8, the blocks' matrices in 8 bits"),
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="for comfyui: whole transformers of two LoRA files")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="for torch")] = 1,
     caption_tokens: Annotated[
         int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
@@ -62,10 +73,26 @@ def export(
         caption_tokens=caption_tokens,
         dtype=parse_dtype(dtype),
         loras=open_loras(lora or ()),
+        packing=_packing(weights, to),
+        merged=merged,
     )
     for line in registry.export(model, to, out, options):
         say(line)
     say(f"written: {out}")
+
+
+def _packing(weights: str | None, to: str) -> Packing | None:
+    """Raises InputError for a kind of weights that the format has not."""
+    from twostep.exports.packed import PACKINGS
+
+    if weights is None:
+        return None
+    if to != "comfyui":
+        raise InputError(f"--weights: {to} has no 8-bit weights, comfyui has")
+    for packing in PACKINGS:
+        if weights == packing:
+            return packing
+    raise InputError(f"--weights: expected one of {', '.join(PACKINGS)}, got {weights!r}")
 
 
 def assemble(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from twostep.errors import ExportError
@@ -90,20 +89,31 @@ def copy_pair(
         raise ExportError("to: LoRA files have no code of their own; only euler transitions work")
     out.mkdir(parents=True, exist_ok=True)
     for step, part in zip(STEPS, PARTS, strict=True):
-        file = student.step_file(part)
-        weights = load_file(file.path)
-        if student.loras or dtype is not None:
-            stored = dtype or next(iter(weights.values())).dtype
-            changes = read_changes(file, student.family, student.base)
-            weights = _with_loras(changes, student, stored)
-            save_lora(weights, rank_of(weights), out, f"{step}.safetensors")
-        else:
-            shutil.copyfile(file.path, out / f"{step}.safetensors")
+        weights = step_weights(student, part, dtype)
+        save_lora(weights, rank_of(weights), out, f"{step}.safetensors")
     write_lora_index(out, teacher=teacher.lasting_name, schedule=student.schedule())
     rank = rank_of(weights)
     lines = [f"rank {rank}, the adapters as they were trained: nothing is lost"]
     _write_card(out, teacher, student, rank=rank, lines=lines)
     return lines
+
+
+def step_weights(
+    student: ModelFolder, part: str, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """One step's matrices of a student of two LoRA files, its other LoRA files beside them.
+
+    Args:
+        dtype: None: as they are stored.
+    """
+    file = student.step_file(part)
+    changes = read_changes(file, student.family, student.base)
+    return _with_loras(changes, student, dtype or _stored(file.path))
+
+
+def _stored(path: Path) -> torch.dtype:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype  # type: ignore[no-any-return]
 
 
 def _with_loras(

@@ -13,6 +13,7 @@ from twostep.errors import ExportError
 from twostep.exports.card import origin_of, student_card
 from twostep.exports.comfyui import export_comfyui
 from twostep.exports.lora import copy_pair, export_lora
+from twostep.exports.packed import Packing
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
@@ -34,6 +35,7 @@ class ExportOptions:
         batch_size, caption_tokens: what a `torch` program takes.
         dtype: of the weights that are written; None: as they are stored.
         loras: LoRA files that become part of both steps.
+        packing, merged: for `comfyui`, as `export_comfyui` has them.
     """
 
     teacher: str | None = None
@@ -45,6 +47,8 @@ class ExportOptions:
     caption_tokens: int = 64
     dtype: torch.dtype | None = None
     loras: Sequence[LoraFile] = ()
+    packing: Packing | None = None
+    merged: bool = False
 
 
 # (student, folder to write, options) -> what the user should know, a line each
@@ -131,7 +135,9 @@ def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
 
 
 def _comfyui(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    return export_comfyui(student, out)
+    return export_comfyui(
+        student, out, dtype=options.dtype, packing=options.packing, merged=options.merged
+    )
 
 
 def _torch(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
