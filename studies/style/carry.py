@@ -1,8 +1,8 @@
 """Does a style LoRA that was trained on the teacher work on the student, which never saw it?
 
 The LoRA is the one of run.py, a dark frame. It is added to the shipped student's first step, second
-step, or both, at two scales; what is measured on held-out prompts is how bright the frame's place is
-and what the inspector finds, beside the teacher with the same LoRA at 8 steps and, undistilled, at 2.
+step, or both, at two scales; measured on held-out prompts are how bright the frame's place is and
+what the inspector finds, beside the teacher with the same LoRA at 8 steps and, undistilled, at 2.
 
 python studies/style/carry.py --lora runs/style/frame.safetensors --results docs/results/carry.json
 """
