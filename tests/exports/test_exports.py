@@ -18,7 +18,7 @@ from twostep.errors import InputError, ModelError
 from twostep.exports.combine import assemble, average
 from twostep.exports.comfyui import allows_fp16, to_comfyui
 from twostep.exports.comfyui_workflow import laid_out, lora_workflow, workflow
-from twostep.exports.lora import low_rank_difference, rank_for
+from twostep.exports.low_rank import low_rank_difference, rank_for
 from twostep.exports.registry import ExportOptions, export
 from twostep.families.family import PromptBatch
 from twostep.inference.pipeline import STANDALONE, TwoStepPipeline
@@ -126,7 +126,9 @@ def test_comfyui_workflow_of_two_loras_loads_one_transformer() -> None:
     assert {nodes[lora["model"][0]]["class_type"] for lora in loras} == {"UNETLoader"}
 
 
-@pytest.mark.parametrize("nodes", [workflow("a", "b", 3.0), lora_workflow("c", "a", "b", 3.0)])
+@pytest.mark.parametrize(
+    "nodes", [workflow("a", "b", shift=3.0), lora_workflow("c", "a", "b", shift=3.0)]
+)
 def test_comfyui_page_has_every_node_and_link_of_the_api(nodes: dict) -> None:
     page = laid_out(nodes)
     found = {str(node["id"]): node for node in page["nodes"]}

@@ -133,14 +133,14 @@ def export_comfyui(
         for file, part in zip(files, PARTS, strict=True):
             weights = step_weights(student, part, dtype)
             save_lora(weights, rank_of(weights), out, file)
-        nodes = lora_workflow(base, *files, schedule.shift, side)
+        nodes = lora_workflow(base, files[0], files[1], shift=schedule.shift, side=side)
         places = {"diffusion_models": [base], "loras": files}
     else:
         for file, part in zip(files, PARTS, strict=True):
             transformer = student.stored_transformer(part, dtype)
             warnings += _write(transformer, student, out / file, packing)
             del transformer
-        nodes = workflow(*files, schedule.shift, side)
+        nodes = workflow(files[0], files[1], shift=schedule.shift, side=side)
         places = {"diffusion_models": files}
     write_json(out / "workflow.json", laid_out(nodes))
     write_json(out / "workflow-api.json", nodes)

@@ -42,7 +42,7 @@ _KINDS: dict[str, tuple[dict[str, str], str, tuple[str, ...]]] = {
 _WIDTH, _LINE, _GAP = 320, 26, 60
 
 
-def workflow(first: str, second: str, shift: float, side: int = 1024) -> Nodes:
+def workflow(first: str, second: str, *, shift: float, side: int = 1024) -> Nodes:
     """For two whole transformers: two loaders, two samplers of one step each."""
     return _nodes(
         {
@@ -51,12 +51,12 @@ def workflow(first: str, second: str, shift: float, side: int = 1024) -> Nodes:
         },
         "1",
         "2",
-        shift,
-        side,
+        shift=shift,
+        side=side,
     )
 
 
-def lora_workflow(base: str, first: str, second: str, shift: float, side: int = 1024) -> Nodes:
+def lora_workflow(base: str, first: str, second: str, *, shift: float, side: int = 1024) -> Nodes:
     """For two LoRA files on one transformer, which is loaded once: half the memory."""
     loader = _node("UNETLoader", unet_name=base, weight_dtype="default")
     names = {"14": first, "15": second}
@@ -64,14 +64,14 @@ def lora_workflow(base: str, first: str, second: str, shift: float, side: int = 
         key: _node("LoraLoaderModelOnly", model=["1", 0], lora_name=name, strength_model=1.0)
         for key, name in names.items()
     }
-    return _nodes({"1": loader, **loras}, "14", "15", shift, side)
+    return _nodes({"1": loader, **loras}, "14", "15", shift=shift, side=side)
 
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
-def _nodes(loaders: Nodes, first: str, second: str, shift: float, side: int) -> Nodes:
+def _nodes(loaders: Nodes, first: str, second: str, *, shift: float, side: int) -> Nodes:
     common = {
         "noise_seed": 0, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
         "positive": ["6", 0], "negative": ["7", 0],

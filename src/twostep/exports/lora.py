@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from twostep.cards.card import lora_card, write_card
 from twostep.cards.origin import Origin
 from twostep.errors import ExportError
 from twostep.evaluation.metrics import peak_signal_to_noise
+from twostep.exports.low_rank import low_rank_difference, rank_for
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
@@ -113,7 +114,7 @@ def step_weights(
 
 def _stored(path: Path) -> torch.dtype:
     with safe_open(path, "pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype  # type: ignore[no-any-return]
+        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def _with_loras(
@@ -147,81 +148,3 @@ def _difference_in_pictures(
         f"{len(prompts)} pictures at {size[1]}x{size[0]} against the full student's, equal noise: "
         f"peak signal-to-noise ratio {ratio.mean():.1f} dB, lowest {ratio.min():.1f} dB"
     )
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A low-rank difference between two transformers.
-
-    Attributes:
-        changes: by module name.
-        energy: share of the linear layers' squared difference that the rank keeps, 0 to 1.
-        rest: squared difference in all other parameters, over that in the linear layers; LoRA
-            files cannot carry it.
-    """
-
-    changes: dict[str, Change]
-    energy: float
-    rest: float
-
-
-@torch.no_grad()
-def rank_for(teacher: nn.Module, student: nn.Module, energy: float) -> int:
-    """The lowest rank that keeps `energy` of the linear layers' squared difference.
-
-    One for all layers, so that alpha == rank holds for all: several readers of LoRA files ignore
-    alpha.
-
-    Raises:
-        ValueError: if `energy` is not in (0, 1], or the two have different layers.
-    """
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy must be above 0 and at most 1, got {energy}")
-    shares: list[float] = []
-    for _, change, is_linear in _changes(teacher, student):
-        if is_linear:
-            values = torch.linalg.svdvals(change).double().square().tolist()
-            shares += [0.0] * (len(values) - len(shares))
-            for index, value in enumerate(values):
-                shares[index] += value
-    kept, total = 0.0, sum(shares)
-    for rank, share in enumerate(shares, 1):
-        kept += share
-        if kept >= energy * total * (1 - 1e-9):
-            return rank
-    return len(shares)
-
-
-@torch.no_grad()
-def low_rank_difference(teacher: nn.Module, student: nn.Module, rank: int) -> LowRank:
-    """`student` less `teacher`, each linear layer's weight by its `rank` largest directions.
-
-    Raises:
-        ValueError: if `rank` is below 1 or the two have different layers.
-    """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    found: dict[str, Change] = {}
-    kept = total = rest = 0.0
-    for name, change, is_linear in _changes(teacher, student):
-        if not is_linear:
-            rest += change.square().sum().item()
-            continue
-        total += change.square().sum().item()
-        u, s, v = torch.linalg.svd(change, full_matrices=False)
-        u, s, v = u[:, :rank], s[:rank], v[:rank]
-        kept += s.square().sum().item()
-        root = s.sqrt()
-        found[name.removesuffix(".weight")] = Change(u * root, root[:, None] * v, 1.0)
-    return LowRank(found, kept / total if total else 1.0, rest / total if total else 0.0)
-
-
-def _changes(teacher: nn.Module, student: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Each parameter's name, its change in fp32, and whether it is a linear layer's weight."""
-    theirs = dict(student.named_parameters())
-    ours = dict(teacher.named_parameters())
-    if {k: p.shape for k, p in theirs.items()} != {k: p.shape for k, p in ours.items()}:
-        raise ValueError("teacher and student have different parameters: no LoRA joins them")
-    linear = {f"{n}.weight" for n, m in teacher.named_modules() if isinstance(m, nn.Linear)}
-    for name, parameter in theirs.items():
-        yield name, parameter.float() - ours[name].float(), name in linear
