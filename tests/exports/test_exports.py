@@ -321,7 +321,7 @@ def test_two_folders_make_a_student(student: Path, tiny_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("target", "teacher", "message"),
     [
-        ("gguf", None, "'gguf' is unknown; allowed: diffusers, server, lora, comfyui, torch"),
+        ("onnx", None, "'onnx' is unknown; allowed: diffusers, server, lora, comfyui, gguf, torch"),
         ("lora", None, "LoRA files belong to a model"),
     ],
 )

@@ -37,21 +37,25 @@ pytestmark = [
     pytest.mark.skipif(COMFYUI is None, reason="TWOSTEP_COMFYUI names no ComfyUI"),
 ]
 SCHEDULE = Schedule(3.0, 0.75)
-SIDE = 128
+SIDE = 64
 
 
 def wide(seed: int) -> ZImageTransformer2DModel:
     """Z-Image Turbo's own configuration with 2 of its 30 layers; weights random, in bf16."""
-    torch.manual_seed(seed)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return ZImageTransformer2DModel(
+    with torch.device("meta"):
+        model = ZImageTransformer2DModel(
             dim=3840, n_layers=2, n_refiner_layers=2, n_heads=30, n_kv_heads=30, cap_feat_dim=2560,
             in_channels=16, axes_dims=[32, 48, 48], axes_lens=[1536, 512, 512],
-        ).eval()  # fmt: skip
-    finally:
-        torch.set_default_dtype(default)
+        )  # fmt: skip
+    # The same million numbers again and again: a billion take long to draw.
+    noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    weights = {}
+    for key, like in model.state_dict().items():
+        values = noise.repeat(like.numel() // len(noise) + 1)[: like.numel()].view(like.shape)
+        is_norm = "norm" in key and like.ndim == 1
+        weights[key] = 1 + 0.1 * values if is_norm else values * like.shape[-1] ** -0.5
+    model.load_state_dict(weights, assign=True)
+    return model.to(torch.bfloat16).eval()
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def ours(steps: list[Any], embeds: Tensor, noise: Tensor) -> Tensor:
     return two_step(first, second, noise, SCHEDULE).clean2
 
 
-EMBEDS = torch.randn(40, 2560, generator=torch.Generator().manual_seed(9))
+EMBEDS = torch.randn(20, 2560, generator=torch.Generator().manual_seed(9))
 
 
 def close(found: Tensor, wanted: Tensor) -> float:
@@ -143,5 +147,6 @@ def test_two_loras_on_one_transformer(
     steps = [student.stored_transformer(p, torch.float32) for p in ("transformer", "transformer_2")]
     wanted = ours(steps, EMBEDS, found["noise"])
     assert close(found["latents"], wanted) < bound
-    plain = ours([wide(0), wide(0)], EMBEDS, found["noise"])
-    assert close(plain, wanted) > 4 * bound
+    # What both LoRAs change is far more than that.
+    swapped = ours(steps[::-1], EMBEDS, found["noise"])
+    assert close(swapped, wanted) > 2 * bound

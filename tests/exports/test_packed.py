@@ -52,7 +52,7 @@ def test_export_to_comfyui_in_8_bits(tiny_folder: Path, tmp_path: Path) -> None:
     steps = random_transformer(1), random_transformer(2)
     folder = tmp_path / "student"
     save_student(tiny_folder, *steps, schedule=Schedule(3.0, 0.75), folder=folder)
-    export(str(folder), "comfyui", tmp_path / "out", ExportOptions(packing="fp8"))
+    export(str(folder), "comfyui", tmp_path / "out", ExportOptions(weights="fp8"))
     path = tmp_path / "out" / "second.safetensors"
     assert len(packed_names(load_file(path))) == 25
     with safe_open(path, "pt") as file:

@@ -27,7 +27,8 @@ OverridesArgument = Annotated[
 SizeOption = Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:NUMBER or mps")]
 MemoryOption = Annotated[
-    str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
+    str,
+    typer.Option(help="weights: plain, int8 or fp8 (half of bf16's), offload (a layer at a time)"),
 ]
 DecoderOption = Annotated[
     str | None, typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,10 +17,6 @@ from twostep.cli.arguments import (
     read_prompts,
 )
 from twostep.cli.console import quiet, say
-from twostep.errors import InputError
-
-if TYPE_CHECKING:
-    from twostep.exports.packed import Packing
 
 LicenceOption = Annotated[
     str | None,
@@ -34,7 +30,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="diffusers, server (vLLM-Omni, SGLang), lora, comfyui or torch (torch.export)"
+            help="diffusers, server (vLLM-Omni, SGLang), lora, comfyui, gguf or torch (torch.export)"
         ),
     ],
     out: NewFolderOption,
@@ -58,7 +54,7 @@ def export(
     lora: LoraOption = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="for comfyui: fp8 or int8, the blocks' matrices in 8 bits"),
+        typer.Option(help="the blocks' matrices: fp8 or int8 for comfyui, q8_0 or q4_k for gguf"),
     ] = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="for comfyui: whole transformers of two LoRA files")
@@ -97,7 +93,7 @@ def export(
         caption_tokens=caption_tokens,
         dtype=parse_dtype(dtype),
         loras=open_loras(lora or ()),
-        packing=_packing(weights, to),
+        weights=weights,
         merged=merged,
     )
     for line in registry.export(model, to, out, options):
@@ -123,20 +119,6 @@ def push(
     quiet()
     hub.prepare(folder, name, licence=licence)
     say(f"uploaded: {hub.push(folder, name, private=private)}")
-
-
-def _packing(weights: str | None, to: str) -> Packing | None:
-    """Raises InputError for a kind of weights that the format has not."""
-    from twostep.exports.packed import PACKINGS
-
-    if weights is None:
-        return None
-    if to != "comfyui":
-        raise InputError(f"--weights: {to} has no 8-bit weights, comfyui has")
-    for packing in PACKINGS:
-        if weights == packing:
-            return packing
-    raise InputError(f"--weights: expected one of {', '.join(PACKINGS)}, got {weights!r}")
 
 
 def assemble(

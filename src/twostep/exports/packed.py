@@ -24,6 +24,11 @@ _PACKED = re.compile(
 _FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
 
 
+def is_packed_name(name: str) -> bool:
+    """Whether a matrix, by ComfyUI's name, is one of the blocks'."""
+    return _PACKED.fullmatch(name) is not None
+
+
 @torch.no_grad()
 def pack(weights: Mapping[str, Tensor], packing: Packing) -> tuple[dict[str, Tensor], str]:
     """The blocks' matrices in 8 bits, the rest as it is.
@@ -40,7 +45,7 @@ def pack(weights: Mapping[str, Tensor], packing: Packing) -> tuple[dict[str, Ten
     found: dict[str, Tensor] = {}
     layers: dict[str, dict[str, object]] = {}
     for name, weight in weights.items():
-        if not _PACKED.fullmatch(name):
+        if not is_packed_name(name):
             found[name] = weight
             continue
         values, scale = _fp8(weight.float()) if packing == "fp8" else _int8(weight.float())

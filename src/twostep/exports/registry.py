@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from twostep.cards.card import student_card, write_card
 from twostep.cards.origin import Origin, is_hub_id
 from twostep.errors import ExportError
 from twostep.exports.comfyui import export_comfyui
+from twostep.exports.gguf_file import QUANTISATIONS, Quantisation, check_gguf, export_gguf
 from twostep.exports.lora import copy_pair, export_lora
-from twostep.exports.packed import Packing
+from twostep.exports.packed import PACKINGS, Packing
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
@@ -38,7 +40,8 @@ class ExportOptions:
         batch_size, caption_tokens: what a `torch` program takes.
         dtype: of the weights that are written; None: as they are stored.
         loras: LoRA files that become part of both steps.
-        packing, merged: for `comfyui`, as `export_comfyui` has them.
+        weights: the blocks' matrices, for `comfyui` fp8 or int8, for `gguf` q8_0 (None) or q4_k.
+        merged: for `comfyui`, whole transformers of two LoRA files, too.
     """
 
     teacher: str | None = None
@@ -51,7 +54,7 @@ class ExportOptions:
     caption_tokens: int = 64
     dtype: torch.dtype | None = None
     loras: Sequence[LoraFile] = ()
-    packing: Packing | None = None
+    weights: str | None = None
     merged: bool = False
 
 
@@ -92,6 +95,14 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
 
 def _check_options(student: ModelFolder, target: str, options: ExportOptions) -> None:
     """What would fail only after the weights are read."""
+    allowed = {"comfyui": PACKINGS, "gguf": QUANTISATIONS}.get(target, ())
+    if options.weights is not None and options.weights not in allowed:
+        known = (
+            f"expected {' or '.join(allowed)}" if allowed else "it has none, comfyui and gguf do"
+        )
+        raise ExportError(f"weights: for {target} {known}, got {options.weights!r}")
+    if target == "gguf":
+        check_gguf()
     if target not in ("lora", "torch"):
         return
     student.latent_shape(options.size)
@@ -160,9 +171,12 @@ def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
 
 
 def _comfyui(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    return export_comfyui(
-        student, out, dtype=options.dtype, packing=options.packing, merged=options.merged
-    )
+    packing = cast(Packing | None, options.weights)
+    return export_comfyui(student, out, dtype=options.dtype, packing=packing, merged=options.merged)
+
+
+def _gguf(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
+    return export_gguf(student, out, quantisation=cast(Quantisation, options.weights or "q8_0"))
 
 
 def _torch(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
@@ -177,5 +191,6 @@ FORMATS: dict[str, Exporter] = {
     "server": _server,
     "lora": _lora,
     "comfyui": _comfyui,
+    "gguf": _gguf,
     "torch": _torch,
 }

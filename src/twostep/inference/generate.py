@@ -253,7 +253,7 @@ def _facts(picture: Picture, request: PictureRequest, weights: str) -> dict[str,
         "size": f"{width}x{height}",
         "weights": weights,
     }
-    if options.memory == "int8":
+    if options.memory in ("int8", "fp8"):
         facts["memory"] = options.memory
     if options.tiny_decoder is not None:
         facts["decoder"] = _public_name(options.tiny_decoder)

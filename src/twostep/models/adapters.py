@@ -109,7 +109,7 @@ def load_lora_pair(
         warnings.simplefilter("ignore", UserWarning)  # several adapters are meant
         for step in STEPS:
             file = LoraFile.open(folder / f"{step}.safetensors", option="model")
-            load_adapter(model, file, family, base, step)
+            load_adapter(model, file, family, base, adapter_name=step)
     switch = AdapterSwitch(model.eval())
     return AdapterVelocity(switch, STEPS[0]), AdapterVelocity(switch, STEPS[1])
 

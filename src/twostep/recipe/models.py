@@ -131,8 +131,8 @@ class Student(Section):
     )
     trained: Literal["all", "linear"] = Field(
         "all",
-        description="of full sets; linear: the linear layers' matrices alone, biases and norms stay "
-        "the teacher's, so that two LoRA files of enough rank hold the student exactly",
+        description="of full sets; linear: the linear layers' matrices alone, biases and norms "
+        "stay the teacher's, so that two LoRA files of enough rank hold the student exactly",
     )
     init: str | None = Field(
         None,
