@@ -30,7 +30,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="diffusers, server (vLLM-Omni, SGLang), lora, comfyui, gguf or torch (torch.export)"
+            help="diffusers, server (vLLM-Omni, SGLang), lora, comfyui, gguf or torch "
+            "(torch.export)"
         ),
     ],
     out: NewFolderOption,

@@ -1,12 +1,14 @@
 """A student as two GGUF files, for ComfyUI's GGUF loader and diffusers' `from_single_file`.
 
-Keys are ComfyUI's; the blocks' matrices are quantised, the rest is kept. gguf-py writes the file and
-quantises to Q8_0 and Q5_0; it reads Q4_K but does not make it, so that is done here.
+Keys are ComfyUI's; the blocks' matrices are quantised, the rest is kept. gguf-py writes the file
+and quantises to Q8_0 and Q5_0; it reads Q4_K but does not make it, so that is done here.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -49,32 +51,31 @@ def export_gguf(student: ModelFolder, out: Path, *, quantisation: Quantisation) 
     for step, part in zip(STEPS, PARTS, strict=True):
         weights = to_comfyui(student.stored_transformer(part).state_dict())
         path = out / f"{step}.gguf"
-        kinds: dict[str, int] = {}
-        write_atomically(path, lambda p: kinds.update(_write(weights, p, quantisation)))  # noqa: B023
+        kinds: Counter[str] = Counter()
+        write_atomically(path, partial(_write, weights, quantisation, kinds))
         found = ", ".join(f"{count} matrices in {kind}" for kind, count in sorted(kinds.items()))
         lines.append(f"{path.name}: {found}")
         del weights
     return lines
 
 
-def _write(weights: dict[str, Tensor], path: Path, quantisation: Quantisation) -> dict[str, int]:
-    """How many matrices came out in which type."""
+def _write(
+    weights: dict[str, Tensor], quantisation: Quantisation, kinds: Counter[str], path: Path
+) -> None:
+    """Counts in `kinds` how many matrices came out in which type."""
     import gguf
 
     writer = gguf.GGUFWriter(path, _ARCHITECTURE)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    kinds: dict[str, int] = {}
     for name, weight in weights.items():
         kind = _kind(name, weight, quantisation)
-        data = quantised(weight, kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
+        writer.add_tensor(name, quantised(weight, kind), raw_dtype=kind)
         if kind != gguf.GGMLQuantizationType.F32:
-            kinds[kind.name] = kinds.get(kind.name, 0) + 1
+            kinds[kind.name] += 1
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return kinds
 
 
 def _kind(name: str, weight: Tensor, quantisation: Quantisation) -> Any:
@@ -111,7 +112,7 @@ def q4_k(values: np.ndarray) -> np.ndarray:
     Returns:
         (rows, columns / 256 * 144) bytes, laid out as ggml's `block_q4_K`.
     """
-    rows, columns = values.shape
+    rows = len(values)
     blocks = values.reshape(-1, _SUPERBLOCK // _BLOCK, _BLOCK).astype(np.float32)
     low = np.minimum(blocks.min(-1), 0)
     steps, lows = (blocks.max(-1).clip(min=0) - low) / _LEVELS, -low

@@ -97,10 +97,8 @@ def _check_options(student: ModelFolder, target: str, options: ExportOptions) ->
     """What would fail only after the weights are read."""
     allowed = {"comfyui": PACKINGS, "gguf": QUANTISATIONS}.get(target, ())
     if options.weights is not None and options.weights not in allowed:
-        known = (
-            f"expected {' or '.join(allowed)}" if allowed else "it has none, comfyui and gguf do"
-        )
-        raise ExportError(f"weights: for {target} {known}, got {options.weights!r}")
+        known = " or ".join(allowed) or "none: it is for comfyui and gguf"
+        raise ExportError(f"weights: for {target} expected {known}, got {options.weights!r}")
     if target == "gguf":
         check_gguf()
     if target not in ("lora", "torch"):
