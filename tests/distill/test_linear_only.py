@@ -33,7 +33,7 @@ def test_the_linear_layers_matrices_alone_move_and_a_lora_pair_holds_them(
         for key, value in after.items():
             still = torch.equal(value, before[key].to(value.dtype))
             assert still is (key not in linear), key
-    options = ExportOptions(teacher=str(tiny_folder), rank=64, dtype=torch.float32)
+    options = ExportOptions(teacher=str(tiny_folder), rank=256, dtype=torch.float32)
     lines = export(str(folder), "lora", tmp_path / "pair", options)
     # What the student's bf16 takes of biases and norms is all that the files cannot hold.
     assert "keeps 100.0%" in lines[0]

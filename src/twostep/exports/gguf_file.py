@@ -83,7 +83,8 @@ def _kind(name: str, weight: Tensor, quantisation: Quantisation) -> Any:
     import gguf
 
     types = gguf.GGMLQuantizationType
-    if weight.ndim != 2 or min(weight.shape) == 1:
+    in_blocks = weight.ndim == 2 and name.startswith(("layers.", "noise_", "context_"))
+    if not in_blocks:  # what everything goes through, and what readers ask for the model's type
         return types.F32
     if not is_packed_name(name) or weight.shape[1] % _BLOCK:
         return types.BF16

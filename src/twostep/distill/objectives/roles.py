@@ -93,7 +93,8 @@ class Role:
 
 
 def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
-    return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return [module.get_parameter("weight") for module in linear]
 
 
 @dataclass(frozen=True)
