@@ -136,7 +136,7 @@ def test_an_export_goes_to_the_hub_with_a_whole_card(
     checked, created, *_, committed = fake_hub.calls
     assert checked[0] == "/api/validate-yaml"  # before anything is made there
     assert created[0] == "/api/repos/create"
-    assert created[1]["private"] is True
+    assert created[1]["visibility"] == "private"
     assert committed[0] == "/api/models/me/model/commit/main"
     assert {"model_index.json", "pipeline.py", "README.md", "checksums.json"} <= set(fake_hub.files)
     card = ModelCard(fake_hub.files["README.md"].decode())
