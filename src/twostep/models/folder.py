@@ -218,6 +218,17 @@ class ModelFolder:
         place(models, placement)
         return tuple(models)
 
+    def velocity(self, step: int, placement: Placement) -> Velocity:
+        """One of a student's steps, counted from 0, without the other where it has its own
+        weights: a student of two LoRA files has one transformer for both."""
+        self.check_student("step")
+        if self.kind == "lora_pair":
+            return self.velocities(placement)[step]
+        model = self.load(PARTS[step], placement.dtype)
+        place([model], placement)
+        velocity: Velocity = model
+        return velocity
+
     def stored_transformer(self, part: str) -> Any:
         """A transformer as diffusers has it, in the dtype it is stored in, LoRA files merged."""
         kind = self.family.transformer
