@@ -6,7 +6,6 @@ Everything that samples, trains or exports starts here, with a value instead of 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from twostep.families.family import Family, LatentSpace
 from twostep.method.schedule import Schedule
 from twostep.models.adapters import load_lora_pair
 from twostep.models.codec import Decoder
+from twostep.models.configurations import check_configurations
 from twostep.models.foreign import check_finite, check_folder, named
 from twostep.models.locate import WEIGHTS, locate
 from twostep.models.lora_files import LoraFile, add_loras, check_loras
@@ -251,25 +251,6 @@ class ModelFolder:
         return decoder
 
 
-def _check_values(base: Path) -> None:
-    """Numbers by which every picture is multiplied."""
-    vae = read_json(base / "vae" / "config.json")
-    scheduler = read_json(base / "scheduler" / "scheduler_config.json")
-    for part, values, key, usual, low in (
-        ("vae", vae, "scaling_factor", 1.0, 0.0),
-        ("vae", vae, "shift_factor", 0.0, -math.inf),
-        ("scheduler", scheduler, "shift", 1.0, 0.0),
-    ):
-        value = values.get(key, usual)
-        value = usual if value is None else value
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low < value < math.inf:
-            raise ModelError(
-                f"{base / part}: {key} must be a finite number above {low:g}, "
-                f"got {repr(value)[:50]}"
-            )
-
-
 def _family(base: Path) -> Family:
     """The family of a diffusers folder."""
     missing = [part for part in _PARTS if not (base / part).exists()]
@@ -279,10 +260,11 @@ def _family(base: Path) -> Family:
     unnamed = [part for part in _PARTS[1:] if part not in index]
     if unnamed:
         raise ModelError(f"{base / 'model_index.json'} does not name {', '.join(unnamed)}")
-    _check_values(base)
     name = read_json(base / "transformer" / "config.json").get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ModelError(
-            f"{base}: transformer is {name}, expected one of {', '.join(sorted(FAMILIES))}"
+            f"{base}: transformer is {repr(name)[:80]}, "
+            f"expected one of {', '.join(sorted(FAMILIES))}"
         )
+    check_configurations(base, FAMILIES[name])
     return FAMILIES[name]

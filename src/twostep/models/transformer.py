@@ -26,9 +26,10 @@ def stored_transformer(folder: Path, part: str | None, class_name: str) -> Any:
 def stored_with_lora(folder: Path, part: str, class_name: str, file: Path) -> Any:
     """As `stored_transformer`, with a LoRA file of diffusers' layout merged into its weights."""
     model = stored_transformer(folder, part, class_name)
-    model.load_lora_adapter(str(file), prefix="transformer", adapter_name="step")
-    model.fuse_lora()
-    model.unload_lora()
+    with named(file):
+        model.load_lora_adapter(str(file), prefix="transformer", adapter_name="step")
+        model.fuse_lora()
+        model.unload_lora()
     return model
 
 
