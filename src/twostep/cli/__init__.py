@@ -27,7 +27,7 @@ for command in (
     pictures.generate, pictures.compare,
     serve.serve,
     evaluate.evaluate,
-    export.export, export.assemble, export.average,
+    export.export, export.push, export.assemble, export.average,
     demo.demo,
     recipes.recipes,
     check.check,

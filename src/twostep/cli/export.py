@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,10 +10,21 @@ import typer
 from twostep.cli.arguments import NewFolderOption, SizeOption, parse_size, read_prompts
 from twostep.cli.console import quiet, say
 
+LicenceOption = Annotated[
+    str | None,
+    typer.Option("--license", help="for the hub: in place of the teacher's own, e.g. apache-2.0"),
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="on the hub, for yourself alone")]
+
 
 def export(
     model: Annotated[str, typer.Option(help="a two-step student: a folder, zoo:NAME or a hub id")],
-    to: Annotated[str, typer.Option(help="diffusers, lora, comfyui or torch (torch.export)")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="diffusers, server (vLLM-Omni, SGLang), lora, comfyui or torch (torch.export)"
+        ),
+    ],
     out: NewFolderOption,
     teacher: Annotated[
         str | None, typer.Option(help="for lora: the model the files belong to")
@@ -31,19 +43,31 @@ def export(
     caption_tokens: Annotated[
         int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
     ] = 64,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="the teacher's name on the hub, where the student says another"),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="OWNER/NAME: upload it to the Hugging Face hub, too")
+    ] = None,
+    licence: LicenceOption = None,
+    private: PrivateOption = False,
 ) -> None:
     """Write a student in a format that others read.
 
     Example: twostep export --model runs/x/student --to comfyui --out exported
     """
-    from twostep.exports import registry
+    from twostep.exports import hub, registry
 
     quiet()
+    if push is not None:
+        hub.check_repo(push)
     options = registry.ExportOptions(
         teacher=teacher,
         rank=rank,
         energy=energy,
         check=() if check is None else read_prompts((), check, option="--check"),
+        base_model=base_model,
         size=parse_size(size),
         batch_size=batch_size,
         caption_tokens=caption_tokens,
@@ -51,6 +75,26 @@ def export(
     for line in registry.export(model, to, out, options):
         say(line)
     say(f"written: {out}")
+    if push is not None:
+        hub.prepare(out, push, licence=licence)
+        say(f"uploaded: {hub.push(out, push, private=private)}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="a run's student, or what an export wrote")],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    licence: LicenceOption = None,
+    private: PrivateOption = False,
+) -> None:
+    """Upload a student's folder to the Hugging Face hub; its card is made for the new place.
+
+    Example: twostep push runs/x/student me/my-two-step --license apache-2.0
+    """
+    from twostep.exports import hub
+
+    quiet()
+    hub.prepare(folder, name, licence=licence)
+    say(f"uploaded: {hub.push(folder, name, private=private)}")
 
 
 def assemble(

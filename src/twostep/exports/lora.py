@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from twostep.cards.card import lora_card, write_card
+from twostep.cards.origin import Origin
 from twostep.errors import ExportError
 from twostep.evaluation.metrics import peak_signal_to_noise
-from twostep.exports.card import lora_card, origin_of
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import rank_of, save_lora
 from twostep.models.student import PARTS, STEPS, write_lora_index
-from twostep.runtime.files import write_text
 
 
 def export_lora(
@@ -87,11 +87,10 @@ def copy_pair(student: ModelFolder, teacher: ModelFolder, out: Path) -> list[str
 def _write_card(
     out: Path, teacher: ModelFolder, student: ModelFolder, *, rank: int, lines: Sequence[str]
 ) -> None:
-    # The card's script runs without this package, which alone knows the zoo.
-    loaded = str(teacher.path) if teacher.name.startswith("zoo:") else teacher.name
-    facts = origin_of(student.path)
-    card = lora_card(out.name, loaded, student.schedule(), rank=rank, facts=facts, lines=lines)
-    write_text(out / "README.md", card)
+    origin = Origin.of(student.path, teacher=teacher.name, base=teacher.base)
+    size = origin.size_for(student.space)
+    card = lora_card(out.name, student.schedule(), origin, rank=rank, size=size, lines=lines)
+    write_card(out, card, origin)
 
 
 def _difference_in_pictures(

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from twostep.cards.card import student_card, write_card
+from twostep.cards.origin import Origin, is_hub_id
 from twostep.errors import ExportError
-from twostep.exports.card import origin_of, student_card
 from twostep.exports.comfyui import export_comfyui
 from twostep.exports.lora import copy_pair, export_lora
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.student import PARTS, check_free, write_student
 from twostep.runtime.checksums import verify, write_checksums
-from twostep.runtime.files import new_folder, write_text
+from twostep.runtime.files import new_folder
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ExportOptions:
         rank: for `lora`.
         energy: for `lora`, the share of the linear layers' change to keep, in place of `rank`.
         check: for `lora`, prompts on which the files' pictures are compared with the student's.
+        base_model: the teacher's id on the hub, for cards and LoRA files, where it was not opened
+            by it.
         size: (height, width) in pixels, of those pictures and of a `torch` program's.
         batch_size, caption_tokens: what a `torch` program takes.
     """
@@ -37,6 +40,7 @@ class ExportOptions:
     rank: int = 64
     energy: float | None = None
     check: Sequence[str] = ()
+    base_model: str | None = None
     size: tuple[int, int] = (64, 64)
     batch_size: int = 1
     caption_tokens: int = 64
@@ -60,10 +64,14 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     """
     if target not in FORMATS:
         raise ExportError(f"to: {target!r} is unknown; allowed: {', '.join(FORMATS)}")
+    options = options or ExportOptions()
+    if options.base_model is not None and not is_hub_id(options.base_model):
+        raise ExportError(
+            f"base_model: expected a model of the hub, OWNER/NAME, got {options.base_model!r}"
+        )
     folder = ModelFolder.open(student)
     folder.check_student("model")
     check_free(out)
-    options = options or ExportOptions()
     _check_options(folder, target, options)
     with new_folder(out) as temporary:
         lines = FORMATS[target](folder, temporary, options)
@@ -100,11 +108,26 @@ def _check_options(student: ModelFolder, target: str, options: ExportOptions) ->
 
 
 def _diffusers(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
+    return _folder(student, out, options)
+
+
+def _server(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
+    return _folder(student, out, options, server=True)
+
+
+def _folder(
+    student: ModelFolder, out: Path, options: ExportOptions, *, server: bool = False
+) -> list[str]:
     schedule = student.schedule()
     steps = (student.stored_transformer(part) for part in PARTS)
-    write_student(student.base, steps, schedule=schedule, folder=out, dtype=None)
-    card = student_card(out.name, schedule, origin_of(student.path))
-    write_text(out / "README.md", card)
+    write_student(
+        student.base, steps, schedule=schedule, folder=out, dtype=None, plain_class=server
+    )
+    teacher = options.base_model or student.check_student("model").teacher
+    origin = Origin.of(student.path, teacher=teacher, base=student.base)
+    size = origin.size_for(student.space)
+    card = student_card(out.name, schedule, origin, size=size, server=server)
+    write_card(out, card, origin)
     return []
 
 
@@ -115,6 +138,8 @@ def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
         raise ExportError("teacher: LoRA files belong to a model; name it")
     teacher = ModelFolder.open(named)
     teacher.check_teacher("teacher")
+    if options.base_model is not None:
+        teacher = replace(teacher, name=options.base_model)
     if own is not None:
         return copy_pair(student, teacher, out)
     return export_lora(
@@ -136,6 +161,7 @@ def _torch(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]
 
 FORMATS: dict[str, Exporter] = {
     "diffusers": _diffusers,
+    "server": _server,
     "lora": _lora,
     "comfyui": _comfyui,
     "torch": _torch,

@@ -67,9 +67,17 @@ class ZImageVelocity(ZImageTransformer2DModel):
         self.enable_gradient_checkpointing(run)
 
     def forward(
-        self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        prompts: PromptBatch,
+        taps: tuple[int, ...] = (),
+        **stock: Any,
     ) -> Prediction:
         """Velocity at `latents`.
+
+        A list of latents is diffusers' own call and is answered as diffusers does, so that one of
+        its pipelines can share the network (`from_pipe`).
 
         Args:
             latents: (B, C, H, W), H and W even.
@@ -77,6 +85,9 @@ class ZImageVelocity(ZImageTransformer2DModel):
             prompts: B captions.
             taps: layers whose hidden states are wanted, 0 to depth - 1, ascending.
         """
+        if isinstance(latents, list):
+            answer: Any = super().forward(latents, sigma, prompts, **stock)
+            return answer
         rows, columns = latents.shape[2] // PATCH, latents.shape[3] // PATCH
         tokens = rows * columns
         dtype = self.all_x_embedder[_PATCH_KEY].weight.dtype

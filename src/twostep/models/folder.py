@@ -23,7 +23,7 @@ from twostep.models.adapters import load_lora_pair
 from twostep.models.codec import Decoder
 from twostep.models.configurations import check_configurations
 from twostep.models.foreign import check_finite, check_folder, named
-from twostep.models.locate import WEIGHTS, locate
+from twostep.models.locate import WEIGHTS, Hub, locate
 from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
@@ -57,23 +57,27 @@ class ModelFolder:
     loras: tuple[LoraFile, ...] = ()
 
     @staticmethod
-    def open(name: str | Path, patterns: Sequence[str] = WEIGHTS) -> ModelFolder:
+    def open(
+        name: str | Path, patterns: Sequence[str] = WEIGHTS, *, hub: Hub | None = None
+    ) -> ModelFolder:
         """Reads what the folder says of itself; loads no weights.
 
         Args:
             patterns: the files that are fetched of a model on the hub.
+            hub: how; of the teacher that LoRA files name, all but the revision, which is its own.
 
         Raises:
             ModelError: if there is no such folder, parts of it are missing, or no family knows it.
         """
         name = str(name)
-        path = locate(name, patterns)
+        hub = hub or Hub()
+        path = locate(name, patterns, hub)
         check_folder(path)
         verify(path)
         student = StudentIndex.read(path)
         base = path
         if student is not None and student.teacher is not None:
-            base = locate(student.teacher, patterns)
+            base = locate(student.teacher, patterns, replace(hub, revision=None))
             check_folder(base)
             verify(base)
             if StudentIndex.read(base) is not None:
@@ -213,6 +217,17 @@ class ModelFolder:
         models = [self.load(part, placement.dtype) for part in self.parts]
         place(models, placement)
         return tuple(models)
+
+    def velocity(self, step: int, placement: Placement) -> Velocity:
+        """One of a student's steps, counted from 0, without the other where it has its own
+        weights: a student of two LoRA files has one transformer for both."""
+        self.check_student("step")
+        if self.kind == "lora_pair":
+            return self.velocities(placement)[step]
+        model = self.load(PARTS[step], placement.dtype)
+        place([model], placement)
+        velocity: Velocity = model
+        return velocity
 
     def stored_transformer(self, part: str) -> Any:
         """A transformer as diffusers has it, in the dtype it is stored in, LoRA files merged."""

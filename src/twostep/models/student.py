@@ -139,6 +139,7 @@ def write_student(
     schedule: Schedule,
     folder: Path,
     dtype: torch.dtype | None = torch.bfloat16,
+    plain_class: bool = False,
 ) -> None:
     """Writes a student as a diffusers folder: the teacher's parts and two transformers.
 
@@ -148,6 +149,8 @@ def write_student(
             for when the first is written and let go.
         folder: replaced if it exists, at the very end.
         dtype: of the weights; None: as they are.
+        plain_class: names the pipeline's class by a string, as servers want it; a plain
+            `ZImagePipeline` then opens the folder without its second transformer.
 
     Raises:
         WriteError: if the disk refuses.
@@ -164,7 +167,7 @@ def write_student(
             del transformer, weights
         index = read_json(teacher / "model_index.json")
         shutil.copyfile(STANDALONE, temporary / "pipeline.py")
-        index["_class_name"] = CLASS_NAME
+        index["_class_name"] = CLASS_NAME[1] if plain_class else CLASS_NAME
         index["transformer_2"] = index["transformer"]
         index["step2_sigma"] = schedule.step2_sigma
         index["transition"] = schedule.transition

@@ -48,6 +48,13 @@ def check_open(options: ServerOptions) -> None:
         )
 
 
+def under_own_names(options: ServerOptions) -> AppOptions:
+    """The application's options; without keys it answers under this machine's names alone."""
+    if options.app.keys:
+        return options.app
+    return replace(options.app, hosts={*_LOOPBACK, options.host.lower()})
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach it."""
     try:
@@ -80,10 +87,7 @@ def serve(
         load, line=options.line, max_batch=options.max_batch, batch_wait=options.batch_wait,
         observer=metrics,
     )  # fmt: skip
-    app_options = options.app
-    if not app_options.keys:
-        hosts = {*_LOOPBACK, options.host.lower()}
-        app_options = replace(app_options, hosts=hosts)
+    app_options = under_own_names(options)
     listening = _listen(options)
     port = listening.getsockname()[1]
     server = uvicorn.Server(
