@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any
 
 import typer
@@ -82,12 +83,18 @@ def run_case(case: Case, world: Path, here: Path) -> Result:
         shutil.copytree(world / part, here / part, symlinks=True)
     case.damage(here)
     arguments = [a.replace("{here}", str(here)) for a in case.command]
-    streams = [here / ".out", here / ".err"]
+    pipes = [os.pipe(), os.pipe()]
     (here / ".in").write_bytes(case.stdin)
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _become(case, here, arguments, streams)
+        _become(case, here, arguments, [write for _, write in pipes])
+    said = [bytearray(), bytearray()]
+    readers = [
+        Thread(target=_drain, args=(*pair, into)) for pair, into in zip(pipes, said, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
     code: int | None = None
     while code is None and time.monotonic() - started < case.seconds:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -101,13 +108,22 @@ def run_case(case: Case, world: Path, here: Path) -> Result:
         os.waitpid(child, 0)
         code, faults = -9, [f"no end in {case.seconds:g} s"]
     spent = time.monotonic() - started
-    out, errors = (path.read_text(errors="replace") for path in streams)
+    for reader in readers:
+        reader.join(5)  # what the command left running may hold the pipe
+    out, errors = (bytes(stream).decode(errors="replace") for stream in said)
     if not faults:
         faults = judge(case, code, out, errors)
     if not faults and (sentence := case.finish(here, code)):
         faults = [sentence]
-    said = errors[-1500:] if faults else errors[-200:]
-    return Result(case.kind, case.name, code, spent, faults, said, arguments)
+    shown = errors[-1500:] if faults else errors[-200:]
+    return Result(case.kind, case.name, code, spent, faults, shown, arguments)
+
+
+def _drain(read: int, write: int, into: bytearray) -> None:
+    os.close(write)
+    while part := os.read(read, 1 << 16):
+        into += part
+    os.close(read)
 
 
 def judge(case: Case, code: int, out: str, errors: str) -> list[str]:
@@ -134,14 +150,13 @@ def judge(case: Case, code: int, out: str, errors: str) -> list[str]:
     return faults
 
 
-def _become(case: Case, here: Path, arguments: list[str], streams: list[Path]) -> None:
+def _become(case: Case, here: Path, arguments: list[str], streams: list[int]) -> None:
     """The child: never returns."""
     try:
         os.setsid()
         os.chdir(here)
-        for number, path in enumerate(streams, 1):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, number)
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream, number)
         os.dup2(os.open(here / ".in", os.O_RDONLY), 0)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         case.inside(here)

@@ -262,7 +262,7 @@ def _prompts() -> list[Case]:
 
 def _inside(here: Path, code: int) -> str | None:
     """Nothing is written outside the folder that was named."""
-    known = {"new", "run", "teacher", ".out", ".err", ".in"}
+    known = {"new", "run", "teacher", ".in"}
     strange = [p.name for p in here.iterdir() if p.name not in known and not p.is_file()]
     outside = [
         p.name for p in here.parent.iterdir() if p.name not in ("world", "case", "faults.json")

@@ -28,10 +28,12 @@ from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.student import PARTS, STEPS, StudentIndex, read_json
+from twostep.models.teachers import find_teacher
 from twostep.models.transformer import stored_transformer, stored_with_lora
 from twostep.models.velocity import Velocity
 from twostep.runtime.checksums import folder_fingerprint, verify
 from twostep.runtime.devices import Placement
+from twostep.runtime.known_folders import remember
 
 _PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
@@ -77,7 +79,7 @@ class ModelFolder:
         student = StudentIndex.read(path)
         base = path
         if student is not None and student.teacher is not None:
-            base = locate(student.teacher, patterns, replace(hub, revision=None))
+            base = find_teacher(path, student, patterns, replace(hub, revision=None))
             check_folder(base)
             verify(base)
             if StudentIndex.read(base) is not None:
@@ -183,10 +185,16 @@ class ModelFolder:
         parts += [f"{lora.sha256}:{lora.scale!r}" for lora in self.loras]
         return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    @property
-    def lasting_name(self) -> str:
-        """A name for files that may be opened from elsewhere."""
-        return str(self.path.resolve()) if Path(self.name).is_dir() else self.name
+    def public_name(self) -> tuple[str, str | None]:
+        """Its name for files that are passed on; of a folder the last name and the fingerprint.
+
+        Where such a folder lies is remembered on this machine (`find_teacher`).
+        """
+        if not Path(self.name).is_dir():
+            return self.name, None
+        fingerprint = folder_fingerprint(self.path)
+        remember(fingerprint, self.path)
+        return self.path.resolve().name, fingerprint
 
     @property
     def parts(self) -> tuple[str, ...]:

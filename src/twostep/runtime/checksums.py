@@ -60,10 +60,19 @@ def _read(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _memory() -> Path:
+def user_cache() -> Path:
+    """This package's part of the user's cache directory, which may not be there.
+
+    Raises:
+        RuntimeError: if the user has no home.
+    """
     named = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     named = named if named.is_absolute() else Path("~/.cache")
-    return named.expanduser() / "twostep" / "digests.json"
+    return named.expanduser() / "twostep"
+
+
+def _memory() -> Path:
+    return user_cache() / "digests.json"
 
 
 @cache
