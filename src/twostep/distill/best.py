@@ -67,7 +67,7 @@ class BestStudent:
                 write_lora_pair(
                     self.folder.student,
                     [role.lora() for role in steps if role.lora is not None],
-                    teacher=spec.teacher.lasting_name,
+                    teacher=spec.teacher.public_name(),
                     schedule=spec.schedule,
                 )
         self.world.wait()

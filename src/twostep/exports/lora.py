@@ -57,7 +57,7 @@ def export_lora(
             )
     except ValueError as error:
         raise ExportError(str(error)) from error
-    write_lora_index(out, teacher=teacher.lasting_name, schedule=schedule)
+    write_lora_index(out, teacher=teacher.public_name(), schedule=schedule)
     if check:
         lines.append(_difference_in_pictures(student, ModelFolder.open(out), check, size))
     _write_card(out, teacher, student, rank=rank, lines=lines)
@@ -78,7 +78,7 @@ def copy_pair(student: ModelFolder, teacher: ModelFolder, out: Path) -> list[str
     for step in STEPS:
         shutil.copyfile(student.path / f"{step}.safetensors", out / f"{step}.safetensors")
     rank = rank_of(load_file(out / f"{STEPS[0]}.safetensors"))
-    write_lora_index(out, teacher=teacher.lasting_name, schedule=student.schedule())
+    write_lora_index(out, teacher=teacher.public_name(), schedule=student.schedule())
     lines = [f"rank {rank}, the adapters as they were trained: nothing is lost"]
     _write_card(out, teacher, student, rank=rank, lines=lines)
     return lines

@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from twostep.families.loading import complete
 from twostep.models.foreign import named
 from twostep.runtime.distributed import gathered
 
@@ -18,17 +19,23 @@ def stored_transformer(folder: Path, part: str | None, class_name: str) -> Any:
     """A transformer in the dtype that it is stored in; `part` None for a folder of its own."""
     kind: Any = getattr(diffusers, class_name)
     with named(folder / (part or "")):
-        return kind.from_pretrained(
-            folder, subfolder=part, use_safetensors=True, trust_remote_code=False
+        found = kind.from_pretrained(
+            folder,
+            subfolder=part,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        return complete(found, folder / (part or ""), exact=True)
 
 
 def stored_with_lora(folder: Path, part: str, class_name: str, file: Path) -> Any:
     """As `stored_transformer`, with a LoRA file of diffusers' layout merged into its weights."""
     model = stored_transformer(folder, part, class_name)
-    model.load_lora_adapter(str(file), prefix="transformer", adapter_name="step")
-    model.fuse_lora()
-    model.unload_lora()
+    with named(file):
+        model.load_lora_adapter(str(file), prefix="transformer", adapter_name="step")
+        model.fuse_lora()
+        model.unload_lora()
     return model
 
 
