@@ -24,7 +24,7 @@ FLOORS = [
     ["inference"],
     ["data"],
     ["evaluation", "serving"],
-    ["distill", "exports"],
+    ["distill", "exports", "voting"],
     ["planning"],
     ["cli"],
     # Paths that students' folders and cards name, for one release more.

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train
+from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train, vote
 from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
 from twostep.runtime.notices import notice
@@ -27,6 +27,7 @@ for command in (
     pictures.generate, pictures.compare,
     serve.serve,
     evaluate.evaluate,
+    vote.vote,
     export.export, export.assemble, export.average,
     demo.demo,
     recipes.recipes,
