@@ -150,14 +150,12 @@ def test_voters_by_keys_and_by_touch(browser: Any, tmp_path: Path) -> None:
     until(lambda: len(poll.answers()) == 3, seconds=20)
     assert poll.answers()[1:] == [("bob", "skip"), ("bob", "right")]
 
-    # The server ends and comes back: whoever has the page open goes on.
+    # The server ends and comes back: whoever has the page open goes on as if nothing had been.
     port = int(poll.server.url.rpartition(":")[2])
     poll.end()
     poll = Poll(run, port)
-    page.keyboard.press("ArrowRight")  # is not known to the new one, which shows it again
-    until(lambda: poll.server.url in page.url + "/", seconds=5)
     ann.press("ArrowRight")
-    ann.press("ArrowRight")
+    ann.press("2")
     page.wait_for_selector("#end:not([hidden])")
     ann.shot("end", tmp_path)
     assert "5 more pairs" in page.inner_text("#thanks")
@@ -166,7 +164,6 @@ def test_voters_by_keys_and_by_touch(browser: Any, tmp_path: Path) -> None:
     assert page.inner_text("#count") == "3 of 8"
     page.reload()
     page.wait_for_selector("#end:not([hidden])")  # who it was is remembered
-    ann.problems = [each for each in ann.problems if "409" not in each]
     ann.end()
     bob.end()
     poll.end()

@@ -20,7 +20,7 @@ def test_wilson_by_hand() -> None:
     assert wilson(0, 10)[0] == 0
     assert wilson(10, 10)[1] == pytest.approx(1)
     assert wilson(2.5, 5)[0] == pytest.approx(1 - wilson(2.5, 5)[1])
-    with pytest.raises(ValueError, match="within 0..5"):
+    with pytest.raises(ValueError, match=r"within 0\.\.5"):
         wilson(6, 5)
 
 

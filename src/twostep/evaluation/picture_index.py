@@ -1,4 +1,4 @@
-"""Which pictures an evaluation left on disk: models, prompts, seeds; and single pictures of them."""
+"""Which pictures an evaluation left on disk: models, prompts, seeds; and single pictures."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class PictureIndex:
             return PictureIndex(folder, found["prompts"], found["seeds"], found["part"], sets)
         except FileNotFoundError:
             raise InputError(
-                f"RUN: {run} has no images/{_NAME}, expected the --out of `twostep evaluate`, which "
-                "writes it (an older one: run evaluate again, pictures that are there are kept)"
+                f"RUN: {run} has no images/{_NAME}, expected the --out of `twostep evaluate`, "
+                "which writes it (an older one: evaluate again, pictures that are there are kept)"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"RUN: {folder / _NAME} cannot be read: {error}") from error

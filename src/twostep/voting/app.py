@@ -21,7 +21,7 @@ from twostep.voting.ballot_box import Answer, BallotBox
 from twostep.voting.tasks import Shown, Task, Tasks
 
 _PAGE = Path(__file__).with_name("page")
-_POLICY = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'"
+_POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -91,10 +91,18 @@ class _Booth:
         names = {side: f"/picture/{shown.name}-{side}.png" for side in ("left", "right")}
         return {"task": shown.name, "prompt": self.index.prompt(task.row), **names}
 
-    def find(self, name: str, voter: str | None = None) -> Shown:
+    def pictures(self, name: str) -> Shown:
+        if name not in self.shown:
+            raise _Refused(404, "no such picture")
+        return self.shown[name][1]
+
+    def task(self, name: str, voter: str) -> Shown:
+        """What `name` is to the voter, shown by this server or by one before it."""
         who, shown = self.shown.get(name, (None, None))
-        if shown is None or (voter is not None and who != voter):
-            raise _Refused(409, "these pictures are no longer shown here")
+        if shown is None:
+            who, shown = voter, self.tasks.find(voter, name)
+        if shown is None or who != voter:
+            raise _Refused(409, "these pictures were shown to another voter, or are gone")
         return shown
 
 
@@ -117,7 +125,7 @@ def _add_api(app: FastAPI, booth: _Booth) -> None:
 
     @app.post("/api/vote")
     def vote(body: _Vote) -> dict[str, Any]:
-        shown = booth.find(body.task, body.voter)
+        shown = booth.task(body.task, body.voter)
         booth.box.add(body.voter, shown, body.answer, seconds=body.seconds)
         return booth.page(body.voter)
 
@@ -127,7 +135,7 @@ def _add_api(app: FastAPI, booth: _Booth) -> None:
 
     @app.get("/picture/{name}-{side}.png")
     def picture(name: str, side: str) -> Response:
-        shown = booth.find(name)
+        shown = booth.pictures(name)
         if side not in ("left", "right"):
             raise _Refused(404, "no such picture")
         key = shown.left if side == "left" else shown.right

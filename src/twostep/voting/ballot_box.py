@@ -1,4 +1,4 @@
-"""Votes on disk: SQLite, one row a vote with who and when; what is taken back stays as taken back."""
+"""Votes on disk: SQLite, a row for each with who and when, also for those taken back."""
 
 from __future__ import annotations
 

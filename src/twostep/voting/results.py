@@ -174,7 +174,7 @@ def _plain(text: str) -> str:
 
 
 def write_results(run: Path, index: PictureIndex, box: BallotBox) -> dict[str, Any]:
-    """Writes `votes.json` and `votes.csv` into `run`, and the votes into its report; the figures."""
+    """Writes `votes.json`, `votes.csv` and the report's section into `run`; the figures."""
     votes = box.votes()
     labels = {key: each.label for key, each in index.sets.items()}
     summary = summarise(votes, labels, earlier=box.earlier())

@@ -60,6 +60,11 @@ class Tasks:
         left, right = sides if digest[0] % 2 else sides[::-1]
         return Shown(digest[1:17].hex(), task, left, right)
 
+    def find(self, voter: str, name: str) -> Shown | None:
+        """What is shown to the voter under a name."""
+        shown = (self.show(voter, task) for task in self._all)
+        return next((each for each in shown if each.name == name), None)
+
     def next(
         self,
         voter: str,

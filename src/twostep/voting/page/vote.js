@@ -101,7 +101,7 @@ async function step(path, body) {
     trouble("");
   } catch (error) {
     if (error.status === 409) {
-      // The server began anew since: what it shows now is asked for again.
+      // The pictures were exchanged meanwhile: what is there now is asked for.
       await ask("/api/next", {}).then(show).catch((again) => trouble(again.message));
     } else {
       trouble(error instanceof TypeError ? "The server does not answer; your earlier votes are kept." : error.message);
