@@ -97,6 +97,12 @@ class ImageStore:
         metadata = {"fingerprint": self.fingerprint}
         write_atomically(self._path(part), lambda p: save_checked(tensors, p, metadata))
 
+    @property
+    def has_previews(self) -> bool:
+        """Whether the parts, which must be there, hold a student's previews."""
+        with safe_open(self._path(0), "pt") as file:
+            return "previews" in file.keys()  # noqa: SIM118 (safe_open is no mapping)
+
     def read(self) -> ImageSet:
         """All the images, once no part is missing.
 
