@@ -26,7 +26,7 @@ from twostep.distill.tensor_files import (
 from twostep.errors import UserError
 from twostep.runtime.checksums import write_sums
 from twostep.runtime.distributed import World
-from twostep.runtime.files import make_folder, writing
+from twostep.runtime.files import let_read, make_folder, writing
 
 # 2: networks without a wrapper around them, random numbers in named streams.
 # 3: a fitted score lies beside the checkpoints, not in each.
@@ -104,6 +104,7 @@ class _Writing:
         for path in (*self.temporary.iterdir(), self.temporary):
             _sync(path)
         shutil.rmtree(self.target, ignore_errors=True)
+        let_read(self.temporary)
         os.replace(self.temporary, self.target)
         for old in list_checkpoints(self.target.parent)[: -self.keep]:
             shutil.rmtree(old)

@@ -60,7 +60,7 @@ class ImageStore:
         self.folder, self.entry, self.prompts, self.size = folder, entry, prompts, size
         weights = ModelFolder.open(entry.model).fingerprint
         settings: list[Any] = [entry.steps, entry.guidance_scale, entry.reference, *size]
-        if memory == "int8":  # others give the same pictures
+        if memory in ("int8", "fp8"):  # others give the same pictures
             settings.append(memory)
         text = json.dumps([weights, settings, prompts.fingerprint, PART])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,10 +15,13 @@ from twostep.cards.card import student_card, write_card
 from twostep.cards.origin import Origin, is_hub_id
 from twostep.errors import ExportError
 from twostep.exports.comfyui import export_comfyui
+from twostep.exports.gguf_file import QUANTISATIONS, Quantisation, check_gguf, export_gguf
 from twostep.exports.lora import copy_pair, export_lora
+from twostep.exports.packed import PACKINGS, Packing
 from twostep.exports.release import check_public
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import LoraFile
 from twostep.models.student import PARTS, check_free, write_student
 from twostep.runtime.checksums import verify, write_checksums
 from twostep.runtime.files import new_folder
@@ -36,6 +40,10 @@ class ExportOptions:
             by it.
         size: (height, width) in pixels, of those pictures and of a `torch` program's.
         batch_size, caption_tokens: what a `torch` program takes.
+        dtype: of the weights that are written; None: as they are stored.
+        loras: LoRA files that become part of both steps.
+        weights: the blocks' matrices, for `comfyui` fp8 or int8, for `gguf` q8_0 (None) or q4_k.
+        merged: for `comfyui`, whole transformers of two LoRA files, too.
     """
 
     teacher: str | None = None
@@ -46,6 +54,10 @@ class ExportOptions:
     size: tuple[int, int] = (64, 64)
     batch_size: int = 1
     caption_tokens: int = 64
+    dtype: torch.dtype | None = None
+    loras: Sequence[LoraFile] = ()
+    weights: str | None = None
+    merged: bool = False
 
 
 # (student, folder to write, options) -> what the user should know, a line each
@@ -74,6 +86,7 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     folder = ModelFolder.open(student)
     folder.check_student("model")
     check_free(out)
+    folder = folder.with_loras(options.loras)
     _check_options(folder, target, options)
     with new_folder(out) as temporary:
         lines = FORMATS[target](folder, temporary, options)
@@ -93,6 +106,12 @@ def _places(student: ModelFolder, out: Path) -> list[Path]:
 
 def _check_options(student: ModelFolder, target: str, options: ExportOptions) -> None:
     """What would fail only after the weights are read."""
+    allowed = {"comfyui": PACKINGS, "gguf": QUANTISATIONS}.get(target, ())
+    if options.weights is not None and options.weights not in allowed:
+        known = " or ".join(allowed) or "none: it is for comfyui and gguf"
+        raise ExportError(f"weights: for {target} expected {known}, got {options.weights!r}")
+    if target == "gguf":
+        check_gguf()
     if target not in ("lora", "torch"):
         return
     student.latent_shape(options.size)
@@ -130,7 +149,7 @@ def _folder(
     student: ModelFolder, out: Path, options: ExportOptions, *, server: bool = False
 ) -> list[str]:
     schedule = student.schedule()
-    steps = (student.stored_transformer(part) for part in PARTS)
+    steps = (student.stored_transformer(part, options.dtype) for part in PARTS)
     write_student(
         student.base, steps, schedule=schedule, folder=out, dtype=None, plain_class=server
     )
@@ -154,15 +173,21 @@ def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     if options.base_model is not None:
         teacher = replace(teacher, name=options.base_model)
     if own is not None:
-        return copy_pair(student, teacher, out)
+        return copy_pair(student, teacher, out, dtype=options.dtype)
     return export_lora(
         student, teacher, out,
         rank=options.rank, energy=options.energy, check=options.check, size=options.size,
+        dtype=options.dtype,
     )  # fmt: skip
 
 
 def _comfyui(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    return export_comfyui(student, out)
+    packing = cast(Packing | None, options.weights)
+    return export_comfyui(student, out, dtype=options.dtype, packing=packing, merged=options.merged)
+
+
+def _gguf(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
+    return export_gguf(student, out, quantisation=cast(Quantisation, options.weights or "q8_0"))
 
 
 def _torch(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
@@ -177,5 +202,6 @@ FORMATS: dict[str, Exporter] = {
     "server": _server,
     "lora": _lora,
     "comfyui": _comfyui,
+    "gguf": _gguf,
     "torch": _torch,
 }

@@ -214,6 +214,20 @@ class ZImage:
         converted: dict[str, Tensor] = ZImagePipeline.lora_state_dict(dict(weights))
         return converted
 
+    def whole_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `Family.whole_weights`; ComfyUI's layout by diffusers' own converter."""
+        for prefix in ("model.diffusion_model.", "diffusion_model."):
+            if all(key.startswith(prefix) for key in weights):
+                weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+        if not any(".attention.qkv." in key or key.startswith("x_embedder.") for key in weights):
+            return weights
+        from diffusers.loaders import single_file_utils
+
+        converted = single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers(
+            dict(weights)
+        )
+        return {key: value.contiguous() for key, value in converted.items()}
+
     def as_velocity(self, transformer: Any) -> ZImageVelocity:
         """As `Family.as_velocity`.
 

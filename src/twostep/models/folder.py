@@ -29,7 +29,7 @@ from twostep.models.offload import place
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.student import PARTS, STEPS, StudentIndex, read_json
 from twostep.models.teachers import find_teacher
-from twostep.models.transformer import stored_transformer, stored_with_lora
+from twostep.models.transformer import stored_transformer
 from twostep.models.velocity import Velocity
 from twostep.runtime.checksums import folder_fingerprint, verify
 from twostep.runtime.devices import Placement
@@ -218,7 +218,9 @@ class ModelFolder:
         if self.kind == "lora_pair":
             model = self.load("transformer", placement.dtype)
             with named(self.path):
-                steps: tuple[Velocity, ...] = load_lora_pair(model, self.path)
+                steps: tuple[Velocity, ...] = load_lora_pair(
+                    model, self.path, self.family, self.base
+                )
             check_finite(model, self.path)
             place([model], placement)
             return steps
@@ -237,17 +239,26 @@ class ModelFolder:
         velocity: Velocity = model
         return velocity
 
-    def stored_transformer(self, part: str) -> Any:
-        """A transformer as diffusers has it, in the dtype it is stored in, LoRA files merged."""
-        kind = self.family.transformer
+    def stored_transformer(self, part: str, dtype: torch.dtype | None = None) -> Any:
+        """A transformer as diffusers has it, LoRA files merged.
+
+        Args:
+            dtype: None: as it is stored.
+        """
+        kind, loras = self.family.transformer, list(self.loras)
+        stored = part
         if self.kind == "lora_pair":
-            file = self.path / f"{STEPS[PARTS.index(part)]}.safetensors"
-            transformer = stored_with_lora(self.base, "transformer", kind, file)
-        else:
-            transformer = stored_transformer(self.base, part, kind)
-        self.add_loras(transformer)
+            stored = PARTS[0]
+            loras.insert(0, self.step_file(part))
+        transformer = stored_transformer(self.base, stored, kind, dtype)
+        add_loras(transformer, loras, self.family, self.base)
         check_finite(transformer, self.path / part)
         return transformer
+
+    def step_file(self, part: str) -> LoraFile:
+        """Of a student of two LoRA files, the one for `part`."""
+        file = self.path / f"{STEPS[PARTS.index(part)]}.safetensors"
+        return LoraFile.open(file, option="model")
 
     def encoder(
         self,

@@ -126,6 +126,10 @@ def _guidance_has_a_source(recipe: Recipe) -> None:
 
 def _lora_fits(recipe: Recipe) -> None:
     student = recipe.student
+    if student.trained == "linear" and student.weights == "lora":
+        raise ValueError(
+            "student.trained: linear is for student.weights: full; adapters are on linear layers"
+        )
     if recipe.score.fit_turns and recipe.score.model and student.weights == "lora":
         raise ValueError(
             "score.fit_turns with student.weights: lora fits an adapter on the teacher; "
