@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train
+from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train, vote
 from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
 from twostep.runtime.notices import notice
@@ -28,6 +28,7 @@ for command in (
     serve.serve,
     evaluate.evaluate,
     export.export, export.push, export.assemble, export.average,
+    vote.vote,
     demo.demo,
     recipes.recipes,
     check.check,

@@ -67,7 +67,7 @@ class BestStudent:
                 write_lora_pair(
                     self.folder.student,
                     [role.lora() for role in steps if role.lora is not None],
-                    teacher=spec.teacher.lasting_name,
+                    teacher=spec.teacher.public_name(),
                     schedule=spec.schedule,
                 )
         self.world.wait()
@@ -75,7 +75,8 @@ class BestStudent:
 
     def describe(self, spec: CacheSpec) -> None:
         """Writes the student's card, once the run's outcome is known; on the first process."""
-        folder, name = self.folder.student, self.folder.path.name
+        folder = self.folder.student
+        name = f"{self.folder.path.name}/{folder.name}"
         origin = Origin.of(folder, teacher=spec.teacher.name, base=spec.teacher.base)
         size = origin.size_for(spec.teacher.space)
         if (folder / LORA_INDEX).is_file():

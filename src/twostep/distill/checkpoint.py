@@ -24,6 +24,7 @@ from twostep.distill.tensor_files import (
     stored_names,
 )
 from twostep.errors import UserError
+from twostep.runtime.checksums import write_sums
 from twostep.runtime.distributed import World
 from twostep.runtime.files import let_read, make_folder, writing
 
@@ -99,6 +100,7 @@ class _Writing:
         return self.future is None or self.future.done()
 
     def commit(self) -> None:
+        write_sums(self.temporary)
         for path in (*self.temporary.iterdir(), self.temporary):
             _sync(path)
         shutil.rmtree(self.target, ignore_errors=True)

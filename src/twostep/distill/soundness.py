@@ -15,7 +15,7 @@ from twostep.errors import InputError, UserError
 from twostep.models.folder import ModelFolder
 from twostep.models.foreign import check_header
 from twostep.recipe.schema import Recipe
-from twostep.runtime.checksums import verify
+from twostep.runtime.checksums import SumsError, check_sums, verify
 
 
 class UnsoundError(UserError):
@@ -92,6 +92,10 @@ def _run(folder: Path) -> list[str]:
     parts = [run.best, *(sorted(run.frozen.iterdir()) if run.frozen.is_dir() else ())]
     parts += sorted(run.checkpoints.glob("[ft]*-*")) if run.checkpoints.is_dir() else []
     for part in parts:
+        try:
+            check_sums(part)
+        except SumsError as error:
+            faults.append(str(error))
         for path in sorted(part.glob("*.safetensors")):
             if (fault := _tensors(path)) is not None:
                 faults.append(fault)

@@ -15,10 +15,12 @@ from torch import Tensor
 from twostep.evaluation.entries import Entry
 from twostep.evaluation.features import Extractor, load_extractor
 from twostep.evaluation.figures import AlignedSets, Measured, figures, intervals, nested
-from twostep.evaluation.image_store import ImageStore, make_images
+from twostep.evaluation.image_store import PART, ImageStore, make_images
 from twostep.evaluation.latency import measure_latency
+from twostep.evaluation.picture_index import write_index
 from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.report.page import Pair, write_report
+from twostep.evaluation.report.votes import read_votes
 from twostep.evaluation.report.words import verdict
 from twostep.evaluation.scorers import check_scorer, load_scorer
 from twostep.inference.generate import SamplerOptions
@@ -102,7 +104,7 @@ class Comparison:
         write_json(path, report)
         write_report(
             path.parent, report, panels=self.panels, captions=self.captions, curves=curves,
-            title=title, pairs=self.pairs,
+            title=title, pairs=self.pairs, votes=read_votes(path),
         )  # fmt: skip
 
 
@@ -155,6 +157,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         folder=folder,
     )
     end_beats(folder)
+    write_index(folder, stores, PART)
 
     console = Console(stderr=True)
     console.print("judging", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,7 @@ from twostep.exports.comfyui import export_comfyui
 from twostep.exports.gguf_file import QUANTISATIONS, Quantisation, check_gguf, export_gguf
 from twostep.exports.lora import copy_pair, export_lora
 from twostep.exports.packed import PACKINGS, Packing
+from twostep.exports.release import check_public
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
@@ -88,9 +90,18 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     _check_options(folder, target, options)
     with new_folder(out) as temporary:
         lines = FORMATS[target](folder, temporary, options)
+        check_public(temporary, _places(folder, out))
         write_checksums(temporary)
     verify(out)
     return lines
+
+
+def _places(student: ModelFolder, out: Path) -> list[Path]:
+    """Of this machine, which no release may name."""
+    here = [student.path, student.base, out.parent, Path.cwd(), Path(__file__).parents[1]]
+    with suppress(RuntimeError):  # no home
+        here.append(Path.home())
+    return [place.resolve() for place in here]
 
 
 def _check_options(student: ModelFolder, target: str, options: ExportOptions) -> None:
@@ -151,7 +162,9 @@ def _folder(
 
 
 def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    own = student.check_student("model").teacher
+    index = student.check_student("model")
+    # What has a fingerprint is a folder of this machine, found when the student was opened.
+    own = index.teacher if index.teacher_sha256 is None else str(student.base)
     named = options.teacher or own
     if named is None:
         raise ExportError("teacher: LoRA files belong to a model; name it")

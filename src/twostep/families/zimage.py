@@ -20,6 +20,7 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
 
 from twostep.families.family import SEQUENCE_MULTIPLE, LatentSpace, Prediction, PromptBatch
+from twostep.families.loading import complete
 from twostep.method.flow import model_time
 
 PATCH = 2
@@ -180,11 +181,15 @@ class ZImage:
     patch = PATCH
 
     def load(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
-        return self.as_velocity(
-            ZImageTransformer2DModel.from_pretrained(
-                folder, subfolder=part, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        ).eval()
+        found = ZImageTransformer2DModel.from_pretrained(
+            folder,
+            subfolder=part,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        return self.as_velocity(complete(found, folder / part, exact=True)).eval()
 
     def without_weights(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
         config = ZImageTransformer2DModel.load_config(folder, subfolder=part)

@@ -275,12 +275,14 @@ def _is_there(picture: Picture, facts: dict[str, str]) -> bool:
 
 
 def _read_facts(path: Path) -> dict[str, str] | None:
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         with Image.open(path) as image:
-            return {str(key): str(value) for key, value in image.info.items()}
-    except OSError:  # torn or no picture: made again
+            facts = {str(key): str(value) for key, value in image.info.items()}
+            image.verify()  # the checksum that a PNG has of each of its chunks
+            return facts
+    except (OSError, SyntaxError, ValueError):  # torn or no picture: made again
         return None
 
 
