@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def test_the_linear_layers_matrices_alone_move_and_a_lora_pair_holds_them(
         for key, value in after.items():
             still = torch.equal(value, before[key].to(value.dtype))
             assert still is (key not in linear), key
+    # Whom the umask lets may read everything that a run writes.
+    umask = os.umask(0o022)
+    os.umask(umask)
+    modes = {p.stat().st_mode & 0o777 for p in recipe.run_folder.rglob("*") if p.is_file()}
+    assert modes == {0o666 & ~umask}
     options = ExportOptions(teacher=str(tiny_folder), rank=256, dtype=torch.float32)
     lines = export(str(folder), "lora", tmp_path / "pair", options)
     # What the student's bf16 takes of biases and norms is all that the files cannot hold.

@@ -89,7 +89,7 @@ def pair(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide") / "pair"
     for seed, step in enumerate(("first", "second")):
         save_lora(changes(seed), 4, folder, f"{step}.safetensors")
-    write_lora_index(folder, teacher=str(base), schedule=SCHEDULE)
+    write_lora_index(folder, teacher=(str(base), None), schedule=SCHEDULE)
     return folder
 
 

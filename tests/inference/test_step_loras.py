@@ -43,7 +43,7 @@ def pair(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for side, matrix in zip("AB", sides, strict=True)
         }
         save_lora(weights, 3, folder, f"{name}.safetensors")
-    write_lora_index(folder, teacher=str(tiny_folder), schedule=SCHEDULE)
+    write_lora_index(folder, teacher=(str(tiny_folder), None), schedule=SCHEDULE)
     return folder
 
 
