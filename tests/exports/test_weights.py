@@ -138,7 +138,7 @@ def test_a_lora_folder_with_strange_keys_is_refused(tiny_folder: Path, tmp_path:
     folder.mkdir()
     for step in ("first", "second"):
         save_file({"x.to_q.lora_A.weight": torch.ones(2, 64)}, folder / f"{step}.safetensors")
-    write_lora_index(folder, teacher=str(tiny_folder), schedule=Schedule(3.0, 0.75))
+    write_lora_index(folder, teacher=(str(tiny_folder), None), schedule=Schedule(3.0, 0.75))
     with pytest.raises(ModelError, match=r"first\.safetensors is no LoRA for the transformer"):
         Sampler.load(str(folder))
 
