@@ -168,7 +168,8 @@ def test_two_lora_files_name_their_teacher_as_the_hub_has_it(
         for name, matrices in lora_matrices().items()
         for side, matrix in zip("AB", matrices, strict=True)
     }
-    write_lora_pair(pair, [weights, weights], teacher=str(teacher), schedule=Schedule(3.0, 0.75))
+    schedule = Schedule(3.0, 0.75)
+    write_lora_pair(pair, [weights, weights], teacher=(str(teacher), None), schedule=schedule)
     export(str(pair), "lora", tmp_path / "local")
     with pytest.raises(ExportError, match=r"push: twostep.json names .*teacher, which nobody else"):
         hub.prepare(tmp_path / "local", "me/model")

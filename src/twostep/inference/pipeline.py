@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from diffusers.utils import BaseOutput
@@ -48,7 +49,7 @@ class TwoStepOutput(BaseOutput):
     previews: Any = None
 
 
-class TwoStepPipeline(VaeMemory, StepLoras):
+class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
     """Text to image in two steps.
 
     The schedule comes from the folder, never from a scheduler's defaults. `transformer` runs at

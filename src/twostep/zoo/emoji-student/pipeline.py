@@ -26,13 +26,17 @@ from diffusers.pipelines.z_image import ZImagePipelineOutput
 from transformers import AutoTokenizer, PreTrainedModel
 
 
-class StepLoras(ZImagePipeline):
+class StepLoras:
     """LoRA files on both transformers, where diffusers' own loader reaches the first alone.
 
+    Stands before `ZImagePipeline` among the bases; diffusers wants one pipeline in a file.
     A scale for each step: `set_adapters("style", {"transformer": 0.8, "transformer_2": 0.5})`.
     """
 
     _lora_loadable_modules = ("transformer", "transformer_2")
+    transformer: Any
+    lora_state_dict: Any
+    load_lora_into_transformer: Any
 
     def load_lora_weights(
         self,
@@ -76,14 +80,16 @@ class StepLoras(ZImagePipeline):
 
     def fuse_lora(self, components: Any = None, *arguments: Any, **options: Any) -> None:
         """As `ZImagePipeline`'s, in both steps unless `components` says otherwise."""
-        super().fuse_lora(components or list(self._lora_loadable_modules), *arguments, **options)
+        pipeline: Any = super()
+        pipeline.fuse_lora(components or list(self._lora_loadable_modules), *arguments, **options)
 
     def unfuse_lora(self, components: Any = None, **options: Any) -> None:
         """As `fuse_lora`, undone."""
-        super().unfuse_lora(components or list(self._lora_loadable_modules), **options)
+        pipeline: Any = super()
+        pipeline.unfuse_lora(components or list(self._lora_loadable_modules), **options)
 
 
-class TwoStepPipeline(StepLoras):
+class TwoStepPipeline(StepLoras, ZImagePipeline):
     """Text to image in two steps: `transformer` at sigma 1, `transformer_2` at `step2_sigma`."""
 
     transformer: Any
