@@ -80,6 +80,8 @@ def _numbers_have_limits(recipe: Recipe) -> None:
     for key in ("score.betas", "fake.betas", "training.betas"):
         if any(beta >= 1 for beta in values[key] or ()):
             raise ValueError(f"{key}: each must be below 1, got {list(values[key])}")
+    if recipe.shift is not None and not 1e-3 <= recipe.shift <= 1e3:
+        raise ValueError(f"shift: must be from 0.001 to 1000, got {recipe.shift}")
     low, high = recipe.critic.tau_range
     if low >= high:
         raise ValueError(f"critic.tau_range: must ascend, got {[low, high]}")
