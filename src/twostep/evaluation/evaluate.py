@@ -143,7 +143,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         for entry in (*request.entries, others)
     ]
     share = Share.here()
-    _make_all(stores, request.options, share=share)
+    make_all(stores, request.options, share=share)
     if not share.is_first:
         return None
     wait_for(
@@ -202,7 +202,8 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     )
 
 
-def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
+def make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
+    """Makes what is missing of all stores, this process's share, one model in memory at a time."""
     loaded: dict[str, Sampler] = {}
 
     def load(store: ImageStore) -> Sampler:
