@@ -49,9 +49,19 @@ def evaluate(
     steps: Annotated[
         int | None, typer.Option(min=1, help="steps of a model that is not a two-step student (8)")
     ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="somebody else's model beside ours, a row each: "
+            "NAME=MODEL[,steps=N][,sigmas=1:S][,lora=FILE[:SCALE]][,guidance=G]; may be repeated"
+        ),
+    ] = None,
     features: Annotated[
         list[str] | None,
-        typer.Option(help="inspector, efficientnet-lite0, ...; the first gives the main figures"),
+        typer.Option(
+            help="inspector, efficientnet-lite0, dinov2, clip, inception-v3-compat; the first "
+            "gives the main figures"
+        ),
     ] = None,
     scores: Annotated[
         list[str] | None,
@@ -84,6 +94,7 @@ def evaluate(
     """
     from twostep.evaluation import entries
     from twostep.evaluation import evaluate as evaluation
+    from twostep.evaluation.baselines import parse_baseline, with_baselines
     from twostep.evaluation.prompts import PromptSet
     from twostep.inference.generate import SamplerOptions
     from twostep.runtime.processes import local_device
@@ -91,6 +102,7 @@ def evaluate(
     quiet()
     names = entries.short_names(model)
     listed = entries.list_entries(reference, reference_steps, names, student_steps=steps)
+    listed = with_baselines(listed, [parse_baseline(text) for text in baseline or ()])
     options = SamplerOptions(memory=parse_memory(memory), device=local_device(parse_device(device)))
     if preset is not None:
         for option, given in (("prompts", prompts != "emoji"), ("features", features),

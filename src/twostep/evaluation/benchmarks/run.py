@@ -19,7 +19,6 @@ from twostep.evaluation.image_store import PART, ImageStore
 from twostep.evaluation.picture_index import PictureIndex, write_index
 from twostep.evaluation.prompts import PromptSet
 from twostep.inference.generate import SamplerOptions
-from twostep.models.folder import ModelFolder
 from twostep.runtime.files import make_folder, new_folder, write_json
 from twostep.runtime.processes import Share, end_beats, wait_for
 from twostep.runtime.progress import progress_bar
@@ -59,7 +58,7 @@ def run_benchmark(request: BenchmarkRequest, out: Path) -> dict[str, Any] | None
     """
     preset, folder = request.preset, out / "images"
     for entry in request.entries:
-        opened = ModelFolder.open(entry.model)
+        opened = entry.open()
         opened.latent_shape(request.size)
         opened.count_steps(entry.steps)
     place = out / preset.name
