@@ -141,6 +141,7 @@ def main(
         "prompts": images,
         "tables": TABLES,
         "papers": {name: row.paper for name, row in ROWS.items() if row.paper},
+        "fitted": {name: row.score is not None for name, row in ROWS.items()},
         **stamp(),
     }
     write_json(out / "results.json", results)

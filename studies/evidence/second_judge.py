@@ -46,11 +46,11 @@ class Opinion:
 
 
 class _Block(nn.Module):
-    """A large depthwise kernel, then a mixer of channels (ConvNeXt, arXiv 2201.03545)."""
+    """A depthwise kernel, then a mixer of channels (as ConvNeXt, arXiv 2201.03545)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
 
