@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from twostep.recipe.objective import Step1Losses
+
 if TYPE_CHECKING:
     from twostep.recipe.schema import Recipe
 
@@ -102,7 +104,8 @@ def _something_is_learnt(recipe: Recipe) -> None:
         return
     for step in (losses.final, losses.step1):
         terms = (step.distribution_matching, step.guidance_augmentation)
-        if step.weight and any((*terms, step.adversarial, step.regression)):
+        followed = step.trajectory if isinstance(step, Step1Losses) else 0.0
+        if step.weight and any((*terms, step.adversarial, step.regression, followed)):
             return
     raise ValueError(
         "losses.final and losses.step1: a weight above 0, with a term above 0, is needed in one of "
