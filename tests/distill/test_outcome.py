@@ -79,7 +79,10 @@ def test_a_diverged_run_ends_with_a_code_of_its_own(make_recipe: Make, tmp_path:
     assert said["turns"] == 2
     assert said["diverged"]
     card = (student / "README.md").read_text(encoding="utf-8")
-    assert f'DiffusionPipeline.from_pretrained("{recipe.name}", trust_remote_code=True)' in card
+    assert (
+        f'DiffusionPipeline.from_pretrained("{recipe.name}/student", trust_remote_code=True)'
+        in card
+    )
     assert str(tmp_path) not in card
     assert "## What went wrong in training" in card
     assert said["diverged"][0] in card

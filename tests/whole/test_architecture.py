@@ -24,7 +24,7 @@ FLOORS = [
     ["data"],
     ["evaluation", "serving"],
     ["cards"],
-    ["distill", "exports"],
+    ["distill", "exports", "voting"],
     ["planning"],
     ["cli"],
     # Paths that students' folders and cards name, for one release more.

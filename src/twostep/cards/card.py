@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ _FIGURES = {
     "diversity": "diversity, the teacher's is 1",
 }
 PICTURES = "images"
+# Where a script says what the model is called.
+_NAMED = re.compile(r'(?:DiffusionPipeline\.from_pretrained|load_lora_weights)\("([^"]+)"')
 
 
 def student_card(
@@ -90,9 +93,10 @@ def write_card(folder: Path, card: str, origin: Origin) -> None:
 
 def renamed(card: ModelCard, repo: str) -> str:
     """The text of a card of ours, for a model that is to be found as `repo`."""
-    old = str(card.data["model_name"])
     card.data["model_name"] = repo.rpartition("/")[2]
     text = str(card)
+    found = _NAMED.search(text)
+    old = found[1] if found else repo
     for place in ('("{}"', "serve {} --omni", "--model-path {} "):
         text = text.replace(place.format(old), place.format(repo))
     return text
@@ -100,6 +104,7 @@ def renamed(card: ModelCard, repo: str) -> str:
 
 def _card(name: str, text: str, origin: Origin, *, relation: str) -> str:
     named = is_hub_id(origin.teacher) if origin.teacher else False
+    title = name.removesuffix("/student").rpartition("/")[2]
     more: dict[str, Any] = dict(origin.licence)
     if named:
         more |= {"base_model": origin.teacher, "base_model_relation": relation}
@@ -108,11 +113,11 @@ def _card(name: str, text: str, origin: Origin, *, relation: str) -> str:
         pipeline_tag="text-to-image",
         tags=["two-step", "distillation", "z-image", *(["lora"] if relation == "adapter" else [])],
         datasets=list(origin.datasets) or None,
-        model_name=name.rpartition("/")[2],
+        model_name=title,
         eval_results=list(_results(origin.figures or {})) or None,
         **more,
     )
-    body = f"# {name.rpartition('/')[2]}\n{text}{_told(origin)}{_LICENCE}"
+    body = f"# {title}\n{text}{_told(origin)}{_LICENCE}"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 

@@ -10,7 +10,19 @@ import sys
 
 import typer
 
-from twostep.cli import check, demo, evaluate, export, pictures, recipes, runs, schema, serve, train
+from twostep.cli import (
+    check,
+    demo,
+    evaluate,
+    export,
+    pictures,
+    recipes,
+    runs,
+    schema,
+    serve,
+    train,
+    vote,
+)
 from twostep.cli.console import any_terminal
 from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
@@ -29,6 +41,7 @@ for command in (
     serve.serve,
     evaluate.evaluate,
     export.export, export.push, export.assemble, export.average,
+    vote.vote,
     demo.demo,
     recipes.recipes,
     recipes.models,
@@ -46,6 +59,17 @@ def main() -> None:
     after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     any_terminal()
+    try:
+        _run()
+    except SystemExit as ended:
+        # Imported where several processes trained, and nowhere else in vain.
+        distributed = sys.modules.get("twostep.runtime.distributed")
+        if distributed is not None:
+            distributed.end_process(ended.code if isinstance(ended.code, int) else 0)
+        raise
+
+
+def _run() -> None:
     try:
         with ended_by_signals():
             app()

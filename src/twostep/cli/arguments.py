@@ -40,6 +40,10 @@ MemoryOption = Annotated[
 DecoderOption = Annotated[
     str | None, typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id")
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(help="a LoRA file on the model, FILE or FILE:SCALE; may be repeated"),
+]
 PromptCacheOption = Annotated[
     Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
 ]
@@ -81,6 +85,22 @@ def parse_model(text: str) -> tuple[str, int | None]:
     if not steps.isdecimal() or int(steps) < 1:
         raise InputError(f"model: expected MODEL or MODEL@STEPS, got {text!r}")
     return model, int(steps)
+
+
+def parse_dtype(text: str | None) -> torch.dtype | None:
+    """A type of weights.
+
+    Raises:
+        InputError: for one that is not known.
+    """
+    if text is None:
+        return None
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if text not in known:
+        raise InputError(f"--dtype: expected one of {', '.join(known)}, got {text!r}")
+    return known[text]
 
 
 def open_loras(texts: Sequence[str]) -> list[LoraFile]:

@@ -7,12 +7,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from twostep.cli.arguments import NewFolderOption, SizeOption, parse_usual_size, read_prompts
+from twostep.cli.arguments import (
+    LoraOption,
+    NewFolderOption,
+    SizeOption,
+    open_loras,
+    parse_dtype,
+    parse_usual_size,
+    read_prompts,
+)
 from twostep.cli.console import say
 from twostep.runtime.progress import working
 
 # Of `exports/registry.py`, which needs torch.
-Format = Literal["diffusers", "server", "lora", "comfyui", "torch"]
+Format = Literal["diffusers", "server", "lora", "comfyui", "gguf", "torch"]
 
 LicenceOption = Annotated[
     str | None,
@@ -40,6 +48,18 @@ def export(
         typer.Option(help="for lora: a file of prompts to compare the pictures on"),
     ] = None,
     size: SizeOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of the weights: float32, bfloat16 or float16; as stored without it"),
+    ] = None,
+    lora: LoraOption = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="the blocks' matrices: fp8 or int8 for comfyui, q8_0 or q4_k for gguf"),
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="for comfyui: whole transformers of two LoRA files")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="for torch")] = 1,
     caption_tokens: Annotated[
         int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
@@ -79,6 +99,10 @@ def export(
         size=pixels,
         batch_size=batch_size,
         caption_tokens=caption_tokens,
+        dtype=parse_dtype(dtype),
+        loras=open_loras(lora or ()),
+        weights=weights,
+        merged=merged,
     )
     with working(f"export: writing {out}"):
         lines = registry.export(model, to, out, options)
@@ -108,7 +132,7 @@ def push(
 
 def assemble(
     teacher: Annotated[str, typer.Option(help="gives everything but the transformers")],
-    first: Annotated[str, typer.Option(help="a transformer's folder, or a LoRA file")],
+    first: Annotated[str, typer.Option(help="a folder, a whole transformer in a file, or a LoRA")],
     second: Annotated[str, typer.Option(help="the same, for the second step")],
     out: NewFolderOption,
 ) -> None:

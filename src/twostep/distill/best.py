@@ -15,7 +15,7 @@ from twostep.data.cache.spec import CacheSpec
 from twostep.distill.checkpoint import CheckpointError, TrainingState
 from twostep.distill.objectives.roles import Roles
 from twostep.distill.run_folder import RunFolder
-from twostep.distill.tensor_files import load_tensors, save_folder
+from twostep.distill.tensor_files import check_whole, load_tensors, save_folder
 from twostep.models.lora_files import rank_of
 from twostep.models.student import LORA_INDEX, STEPS, write_lora_pair, write_student
 from twostep.models.transformer import whole_transformer
@@ -51,6 +51,7 @@ class BestStudent:
         """
         if self.folder.best.is_dir():
             try:
+                check_whole(self.folder.best)
                 load_tensors(self._average(), self.folder.best)
             except Exception as error:
                 raise CheckpointError(
@@ -67,7 +68,7 @@ class BestStudent:
                 write_lora_pair(
                     self.folder.student,
                     [role.lora() for role in steps if role.lora is not None],
-                    teacher=spec.teacher.lasting_name,
+                    teacher=spec.teacher.public_name(),
                     schedule=spec.schedule,
                     sizes=spec.sizes,
                 )
@@ -76,7 +77,8 @@ class BestStudent:
 
     def describe(self, spec: CacheSpec) -> None:
         """Writes the student's card, once the run's outcome is known; on the first process."""
-        folder, name = self.folder.student, self.folder.path.name
+        folder = self.folder.student
+        name = f"{self.folder.path.name}/{folder.name}"
         origin = Origin.of(folder, teacher=spec.teacher.name, base=spec.teacher.base)
         size = spec.sizes[0]
         if (folder / LORA_INDEX).is_file():

@@ -14,15 +14,16 @@ from torch import Tensor
 from twostep.evaluation.entries import Entry, check_size
 from twostep.evaluation.features import Extractor, load_extractor
 from twostep.evaluation.figures import AlignedSets, Measured, figures, intervals, nested
-from twostep.evaluation.image_store import ImageStore, make_images
+from twostep.evaluation.image_store import PART, ImageStore, make_images
 from twostep.evaluation.latency import measure_latency
+from twostep.evaluation.picture_index import write_index
 from twostep.evaluation.prompts import PromptSet
 from twostep.evaluation.report.page import Pair, write_report
+from twostep.evaluation.report.votes import read_votes
 from twostep.evaluation.report.words import verdict
 from twostep.evaluation.scorers import Scorer, check_scorer, load_scorer
 from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
-from twostep.models.folder import ModelFolder
 from twostep.runtime.files import make_folder, sweep, write_json
 from twostep.runtime.images import pictures_at_once
 from twostep.runtime.processes import Share, beat, end_beats, wait_for
@@ -101,7 +102,7 @@ class Comparison:
         write_json(path, report)
         write_report(
             path.parent, report, panels=self.panels, captions=self.captions, curves=curves,
-            title=title, pairs=self.pairs,
+            title=title, pairs=self.pairs, votes=read_votes(path),
         )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         for entry in (*request.entries, others)
     ]
     share = Share.here()
-    _make_all(stores, request.options, share=share)
+    make_all(stores, request.options, share=share)
     if not share.is_first:
         return None
     wait_for(
@@ -151,6 +152,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         folder=folder,
     )
     end_beats(folder)
+    write_index(folder, stores, PART)
 
     with working("evaluate: judging"):
         return _judged(request, stores, extractors, scorers)
@@ -204,15 +206,16 @@ def _judged(
     )
 
 
-def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
-    loaded: dict[str, Sampler] = {}
+def make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
+    """Makes what is missing of all stores, this process's share, one model in memory at a time."""
+    loaded: dict[object, Sampler] = {}
 
     def load(store: ImageStore) -> Sampler:
-        model = store.entry.model
-        if model not in loaded:
+        weights = store.entry.model, store.entry.loras
+        if weights not in loaded:
             loaded.clear()  # one model in memory at a time
-            loaded[model] = options.load(ModelFolder.open(model), store.prompts.prompts)
-        return loaded[model]
+            loaded[weights] = options.load(store.entry.open(), store.prompts.prompts)
+        return loaded[weights]
 
     # Stores of one model in a row, so that it is loaded once.
     for store in sorted(stores, key=lambda s: s.entry.model):
@@ -280,9 +283,16 @@ def _time(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
     count = min(request.timed, len(prompts), pictures_at_once(*request.size))
     result = {}
     for entry in request.entries:
-        sampler = request.options.load(ModelFolder.open(entry.model), [])
+        sampler = request.options.load(entry.open(), [])
         noise = prompts.noise(slice(0, count), sampler.noise_shape(*request.size))
-        latency = measure_latency(sampler, prompts.captions[:count], noise, steps=entry.steps)
+        latency = measure_latency(
+            sampler,
+            prompts.captions[:count],
+            noise,
+            steps=entry.steps,
+            guidance_scale=entry.guidance_scale,
+            sigmas=entry.sigmas,
+        )
         result[entry.key] = {"seconds_per_image": latency.total, "latency": latency.as_dict()}
     return result
 

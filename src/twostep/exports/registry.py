@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,9 +15,13 @@ from twostep.cards.card import student_card, write_card
 from twostep.cards.origin import Origin, is_hub_id
 from twostep.errors import ExportError
 from twostep.exports.comfyui import export_comfyui
+from twostep.exports.gguf_file import QUANTISATIONS, Quantisation, check_gguf, export_gguf
 from twostep.exports.lora import copy_pair, export_lora
+from twostep.exports.packed import PACKINGS, Packing
+from twostep.exports.release import check_public
 from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import LoraFile
 from twostep.models.student import PARTS, check_free, write_student
 from twostep.runtime.checksums import verify, write_checksums
 from twostep.runtime.files import new_folder
@@ -35,6 +41,10 @@ class ExportOptions:
         size: (height, width) in pixels, of those pictures and of a `torch` program's; None: the
             student's own.
         batch_size, caption_tokens: what a `torch` program takes.
+        dtype: of the weights that are written; None: as they are stored.
+        loras: LoRA files that become part of both steps.
+        weights: the blocks' matrices, for `comfyui` fp8 or int8, for `gguf` q8_0 (None) or q4_k.
+        merged: for `comfyui`, whole transformers of two LoRA files, too.
     """
 
     teacher: str | None = None
@@ -45,6 +55,10 @@ class ExportOptions:
     size: tuple[int, int] | None = None
     batch_size: int = 1
     caption_tokens: int = 64
+    dtype: torch.dtype | None = None
+    loras: Sequence[LoraFile] = ()
+    weights: str | None = None
+    merged: bool = False
 
 
 # (student, folder to write, options) -> what the user should know, a line each
@@ -74,16 +88,32 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     folder.check_student("model")
     check_free(out)
     options = replace(options, size=options.size or folder.sizes[0])
+    folder = folder.with_loras(options.loras)
     _check_options(folder, target, options)
     with new_folder(out) as temporary:
         lines = FORMATS[target](folder, temporary, options)
+        check_public(temporary, _places(folder, out))
         write_checksums(temporary)
     verify(out)
     return lines
 
 
+def _places(student: ModelFolder, out: Path) -> list[Path]:
+    """Of this machine, which no release may name."""
+    here = [student.path, student.base, out.parent, Path.cwd(), Path(__file__).parents[1]]
+    with suppress(RuntimeError):  # no home
+        here.append(Path.home())
+    return [place.resolve() for place in here]
+
+
 def _check_options(student: ModelFolder, target: str, options: ExportOptions) -> None:
     """What would fail only after the weights are read."""
+    allowed = {"comfyui": PACKINGS, "gguf": QUANTISATIONS}.get(target, ())
+    if options.weights is not None and options.weights not in allowed:
+        known = " or ".join(allowed) or "none: it is for comfyui and gguf"
+        raise ExportError(f"weights: for {target} expected {known}, got {options.weights!r}")
+    if target == "gguf":
+        check_gguf()
     if target not in ("lora", "torch"):
         return
     assert options.size is not None
@@ -122,7 +152,7 @@ def _folder(
     student: ModelFolder, out: Path, options: ExportOptions, *, server: bool = False
 ) -> list[str]:
     schedule = student.schedule()
-    steps = (student.stored_transformer(part) for part in PARTS)
+    steps = (student.stored_transformer(part, options.dtype) for part in PARTS)
     write_student(
         student.base, steps, schedule=schedule, folder=out, dtype=None,
         plain_class=server, sizes=student.sizes,
@@ -135,7 +165,9 @@ def _folder(
 
 
 def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    own = student.check_student("model").teacher
+    index = student.check_student("model")
+    # What has a fingerprint is a folder of this machine, found when the student was opened.
+    own = index.teacher if index.teacher_sha256 is None else str(student.base)
     named = options.teacher or own
     if named is None:
         raise ExportError("teacher: LoRA files belong to a model; name it")
@@ -144,16 +176,22 @@ def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
     if options.base_model is not None:
         teacher = replace(teacher, name=options.base_model)
     if own is not None:
-        return copy_pair(student, teacher, out)
+        return copy_pair(student, teacher, out, dtype=options.dtype)
     assert options.size is not None
     return export_lora(
         student, teacher, out,
         rank=options.rank, energy=options.energy, check=options.check, size=options.size,
+        dtype=options.dtype,
     )  # fmt: skip
 
 
 def _comfyui(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
-    return export_comfyui(student, out)
+    packing = cast(Packing | None, options.weights)
+    return export_comfyui(student, out, dtype=options.dtype, packing=packing, merged=options.merged)
+
+
+def _gguf(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
+    return export_gguf(student, out, quantisation=cast(Quantisation, options.weights or "q8_0"))
 
 
 def _torch(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
@@ -169,5 +207,6 @@ FORMATS: dict[str, Exporter] = {
     "server": _server,
     "lora": _lora,
     "comfyui": _comfyui,
+    "gguf": _gguf,
     "torch": _torch,
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twostep.families.family import SEQUENCE_MULTIPLE, LatentSpace
+from twostep.families.loading import complete
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +32,15 @@ class ZImage:
     def load(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
         from diffusers import ZImageTransformer2DModel
 
-        return self.as_velocity(
-            ZImageTransformer2DModel.from_pretrained(
-                folder, subfolder=part, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        ).eval()
+        found = ZImageTransformer2DModel.from_pretrained(
+            folder,
+            subfolder=part,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        return self.as_velocity(complete(found, folder / part, exact=True)).eval()
 
     def without_weights(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
         import torch
@@ -64,6 +69,20 @@ class ZImage:
             raise ValueError(f"{dora[0]}: DoRA is not supported")
         converted: dict[str, Tensor] = ZImagePipeline.lora_state_dict(dict(weights))
         return converted
+
+    def whole_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `Family.whole_weights`; ComfyUI's layout by diffusers' own converter."""
+        for prefix in ("model.diffusion_model.", "diffusion_model."):
+            if all(key.startswith(prefix) for key in weights):
+                weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+        if not any(".attention.qkv." in key or key.startswith("x_embedder.") for key in weights):
+            return weights
+        from diffusers.loaders import single_file_utils
+
+        converted = single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers(
+            dict(weights)
+        )
+        return {key: value.contiguous() for key, value in converted.items()}
 
     def as_velocity(self, transformer: Any) -> ZImageVelocity:
         """As `Family.as_velocity`.

@@ -30,11 +30,16 @@ from twostep.method.rollout import VelocityField, first_step, second_step
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
 from twostep.models.locate import Hub
+from twostep.models.lora_files import read_lora
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
+from twostep.models.standalone_pipeline import StepLoras
 from twostep.models.student import CLASS_NAME, STANDALONE
 from twostep.models.student_index import read_sizes, sizes_text
 from twostep.models.velocity import bind
 from twostep.runtime.checksums import NAME as CHECKSUMS
+
+# What diffusers calls a LoRA file in a folder.
+_LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
@@ -45,7 +50,7 @@ class TwoStepOutput(BaseOutput):
     previews: Any = None
 
 
-class TwoStepPipeline(VaeMemory, ZImagePipeline):
+class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
     """Text to image in two steps.
 
     The schedule comes from the folder, never from a scheduler's defaults. `transformer` runs at
@@ -95,7 +100,7 @@ class TwoStepPipeline(VaeMemory, ZImagePipeline):
             by_part = dtype if isinstance(dtype, dict) else {"default": dtype}
             for name in ("transformer", "transformer_2"):
                 wanted = by_part.get(name, by_part.get("default", torch.float32))
-                options[name] = folder.stored_transformer(name).to(wanted)
+                options[name] = folder.stored_transformer(name, wanted)
             options |= {"step2_sigma": index.step2_sigma, "transition": index.transition}
         options.setdefault("sizes", sizes_text(folder.sizes))
         pipe: TwoStepPipeline = super().from_pretrained(folder.base, **options)
@@ -108,6 +113,19 @@ class TwoStepPipeline(VaeMemory, ZImagePipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
         return loaded
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """diffusers', and of local files PEFT's layout, with the alpha that lies beside it."""
+        source = pretrained_model_name_or_path_or_dict
+        path = None if isinstance(source, dict) else Path(source)
+        if path is not None and path.is_dir():
+            path = path / (kwargs.get("weight_name") or _LORA_NAME)
+        if path is None or path.suffix != ".safetensors" or not path.is_file():
+            return super().lora_state_dict(source, **kwargs)
+        weights, metadata = read_lora(path)
+        converted = super().lora_state_dict(weights)
+        return (converted, metadata) if kwargs.get("return_lora_metadata") else converted
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """diffusers', with the `pipeline.py` that opens the folder without this package."""

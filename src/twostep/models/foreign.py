@@ -104,9 +104,14 @@ def _without_bars() -> Iterator[None]:
     ]
     for log in shown:
         log.disable_progress_bar()
+    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    for log, _ in levels:  # what they warn of in weights we refuse ourselves, in a line
+        log.set_verbosity_error()
     try:
         yield
     finally:
+        for log, level in levels:
+            log.set_verbosity(level)
         for log in shown:
             log.enable_progress_bar()
 
@@ -117,7 +122,9 @@ def check_finite(module: nn.Module, path: Path) -> None:
     One pass over the weights: as fast as memory is read.
     """
     for name, value in module.state_dict().items():
-        if value.is_floating_point() and not value.is_meta and not bool(value.isfinite().all()):
+        if value.is_meta:
+            raise ModelError(f"{path}: the weights lack {name}")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ModelError(f"{path}: {name} holds values that are not finite")
 
 

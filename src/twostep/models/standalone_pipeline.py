@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +26,70 @@ from diffusers.pipelines.z_image import ZImagePipelineOutput
 from transformers import AutoTokenizer, PreTrainedModel
 
 
-class TwoStepPipeline(ZImagePipeline):
+class StepLoras:
+    """LoRA files on both transformers, where diffusers' own loader reaches the first alone.
+
+    Stands before `ZImagePipeline` among the bases; diffusers wants one pipeline in a file.
+    A scale for each step: `set_adapters("style", {"transformer": 0.8, "transformer_2": 0.5})`.
+    """
+
+    _lora_loadable_modules = ("transformer", "transformer_2")
+    transformer: Any
+    lora_state_dict: Any
+    load_lora_into_transformer: Any
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        load_into_transformer_2: bool | None = None,
+        **arguments: Any,
+    ) -> None:
+        """As `ZImagePipeline`'s, into both steps.
+
+        Args:
+            load_into_transformer_2: True: into step 2 alone; False: into step 1 alone.
+
+        Raises:
+            ValueError: for a file with weights that have no place in the transformer.
+        """
+        names: list[str] = list(self._lora_loadable_modules)
+        parts = [getattr(self, name) for name in names]
+        if load_into_transformer_2 is not None:
+            parts = parts[1:] if load_into_transformer_2 else parts[:1]
+        if adapter_name is None:
+            known = [getattr(getattr(self, name), "peft_config", {}) for name in names]
+            adapter_name = f"default_{len({key for keys in known for key in keys})}"
+        options = {"_pipeline": self, "hotswap": hotswap, "adapter_name": adapter_name}
+        if "low_cpu_mem_usage" in arguments:
+            options["low_cpu_mem_usage"] = arguments.pop("low_cpu_mem_usage")
+        weights, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **arguments
+        )
+        modules = {f"transformer.{name}" for name, _ in self.transformer.named_modules()}
+        # `.lora_A.weight` and its like; LoKr's matrices have other ends.
+        strays = [key for key in weights if re.split(r"\.lora_|\.lokr_", key)[0] not in modules]
+        if strays or not weights:
+            reason = strays[0] if strays else "it is empty"
+            raise ValueError(f"the file is no LoRA for this transformer: {reason}")
+        for part in parts:
+            self.load_lora_into_transformer(
+                dict(weights), transformer=part, metadata=metadata, **options
+            )
+
+    def fuse_lora(self, components: Any = None, *arguments: Any, **options: Any) -> None:
+        """As `ZImagePipeline`'s, in both steps unless `components` says otherwise."""
+        pipeline: Any = super()
+        pipeline.fuse_lora(components or list(self._lora_loadable_modules), *arguments, **options)
+
+    def unfuse_lora(self, components: Any = None, **options: Any) -> None:
+        """As `fuse_lora`, undone."""
+        pipeline: Any = super()
+        pipeline.unfuse_lora(components or list(self._lora_loadable_modules), **options)
+
+
+class TwoStepPipeline(StepLoras, ZImagePipeline):
     """Text to image in two steps: `transformer` at sigma 1, `transformer_2` at `step2_sigma`."""
 
     transformer: Any

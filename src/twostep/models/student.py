@@ -127,7 +127,7 @@ def write_lora_pair(
     folder: Path,
     pair: Sequence[Mapping[str, Tensor]],
     *,
-    teacher: str,
+    teacher: tuple[str, str | None],
     schedule: Schedule,
     sizes: Sequence[Size] = (),
 ) -> None:
@@ -136,7 +136,8 @@ def write_lora_pair(
     Args:
         folder: replaced if it exists, at the very end.
         pair: each step's matrices, as `save_lora` takes them.
-        teacher, sizes: as in `StudentIndex`.
+        teacher: its name and fingerprint, as in `StudentIndex`.
+        sizes: as in `StudentIndex`.
     """
     with new_folder(folder) as temporary:
         for step, weights in zip(STEPS, pair, strict=True):
@@ -147,11 +148,17 @@ def write_lora_pair(
 
 
 def write_lora_index(
-    folder: Path, *, teacher: str, schedule: Schedule, sizes: Sequence[Size] = ()
+    folder: Path,
+    *,
+    teacher: tuple[str, str | None],
+    schedule: Schedule,
+    sizes: Sequence[Size] = (),
 ) -> None:
-    """Makes a folder of two LoRA files a student of `teacher`."""
+    """Makes a folder of two LoRA files a student of `teacher`, its name and fingerprint."""
+    name, sha256 = teacher
     index = {
-        "teacher": teacher,
+        "teacher": name,
+        **({} if sha256 is None else {"teacher_sha256": sha256}),
         "step2_sigma": schedule.step2_sigma,
         "transition": schedule.transition,
     }

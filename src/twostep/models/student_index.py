@@ -31,7 +31,9 @@ class StudentIndex:
     Attributes:
         kind: two transformers, or two LoRA files.
         step2_sigma, transition: as in `Schedule`.
-        teacher: of LoRA files, the model that they belong to: a folder, `zoo:NAME` or a hub id.
+        teacher: of LoRA files, the model that they belong to: `zoo:NAME`, a hub id, or the last
+            name of a folder.
+        teacher_sha256: of such a folder, its fingerprint. Files of earlier versions hold its path.
         sizes: of the pictures that it was made for, (height, width) in pixels, the usual one first;
             earlier versions did not say.
     """
@@ -40,6 +42,7 @@ class StudentIndex:
     step2_sigma: float
     transition: Any
     teacher: str | None = None
+    teacher_sha256: str | None = None
     sizes: tuple[Size, ...] = ()
 
     @staticmethod
@@ -81,7 +84,17 @@ def _read_lora_index(path: Path) -> StudentIndex:
         raise ModelError(
             f"{path}: expected teacher, step2_sigma and transition, got {error!r}"
         ) from error
-    return replace(_checked(path, "lora_pair", *values), sizes=_sizes(path, index))
+    found = replace(_checked(path, "lora_pair", *values), sizes=_sizes(path, index))
+    sha256 = index.get("teacher_sha256")
+    if sha256 is None:
+        return found
+    named = values[2]
+    if not isinstance(sha256, str) or Path(named).name != named:
+        raise ModelError(
+            f"{path}: with teacher_sha256, teacher must be the name of a folder, "
+            f"got {named[:100]!r}"
+        )
+    return replace(found, teacher_sha256=sha256)
 
 
 def _sizes(path: Path, index: dict[str, Any]) -> tuple[Size, ...]:

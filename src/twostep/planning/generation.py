@@ -13,6 +13,7 @@ from twostep.families.family import PromptBatch
 from twostep.method.rollout import two_step
 from twostep.models.adapters import AdapterVelocity, SharedBackbone
 from twostep.models.codec import Decoder
+from twostep.models.fp8 import pack_fp8
 from twostep.models.int8 import pack_int8
 from twostep.models.student import STEPS
 from twostep.models.velocity import Velocity, bind
@@ -129,6 +130,8 @@ def _parts(model: str, steps: Steps, *, memory: Memory, rank: int, dtype: torch.
             make_fake(network, dtype)
             if memory == "int8":
                 pack_int8(network)
+            if memory == "fp8":
+                pack_fp8(network, dtype)
         held = weight_bytes(*networks)
         if memory == "offload":
             held = _largest_neighbours(networks[0])

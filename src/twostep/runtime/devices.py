@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # names are checked before torch is imported
     import torch
 
 # Of the transformers' weights: as they are, in 8 bits, or brought in a layer at a time.
-Memory = Literal["plain", "int8", "offload"]
+Memory = Literal["plain", "int8", "fp8", "offload"]
 MODES: tuple[Memory, ...] = get_args(Memory)
 _NAME = re.compile(r"auto|cpu|(cuda|mps)(:\d{1,3})?")
 

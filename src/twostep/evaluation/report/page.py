@@ -15,6 +15,7 @@ from torch import Tensor
 
 from twostep.evaluation.entries import Kind, read_key
 from twostep.evaluation.report.curves import PLOT, draw_charts
+from twostep.evaluation.report.votes import votes_section
 from twostep.evaluation.report.words import (
     ACCURACY_NAMES,
     NONE,
@@ -93,6 +94,7 @@ def write_report(
     title: str,
     curves: Sequence[dict[str, Any]] = (),
     pairs: Sequence[Pair] = (),
+    votes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `folder/report.html`, its path: one file that needs no network and no script.
 
@@ -105,6 +107,7 @@ def write_report(
         captions: K prompts.
         curves: records of the training, each with `turn`; other keys may be absent.
         pairs: a student's pictures beside the teacher's, shown by kind.
+        votes: as in `votes.json`.
 
     Raises:
         ValueError: a panel does not hold one picture per caption.
@@ -127,6 +130,7 @@ def write_report(
         pairs=_by_kind(pairs),
         columns=columns,
         rows=_rows(report, columns),
+        votes=votes_section(votes),
         charts=draw_charts(curves),
         plot=PLOT,
         measured=notes(report),
