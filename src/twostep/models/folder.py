@@ -291,6 +291,8 @@ class ModelFolder:
 
     def step_file(self, part: str) -> LoraFile:
         """Of a student of two LoRA files, the one for `part`."""
+        from twostep.models.lora_files import LoraFile
+
         file = self.path / f"{STEPS[PARTS.index(part)]}.safetensors"
         return LoraFile.open(file, option="model")
 
