@@ -136,6 +136,8 @@ def _tensors(change: Callable[[dict[str, Tensor], str, random.Random], object]) 
 
 def _fill(value: float) -> Damage:
     def change(tensors: dict[str, Tensor], key: str, draw: random.Random) -> None:
+        if not tensors[key].is_floating_point():
+            tensors[key] = tensors[key].float()
         tensors[key].view(-1)[draw.randrange(tensors[key].numel())] = value
 
     return _tensors(change)

@@ -174,7 +174,7 @@ def test_a_link_with_an_invitation(browser: Any, tmp_path: Path) -> None:
     run = make_run(tmp_path / "check")
     index = PictureIndex.read(run)
     box = open_box(run, index)
-    server = VoteServer(index, box, keys=choose(index), host="", goal=3)
+    server = VoteServer(index, box, keys=choose(index), host="0.0.0.0", goal=3)
     port = server.url.rpartition("#")[0].rpartition(":")[2]
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -44,6 +44,17 @@ def main() -> None:
     after Ctrl-C and 143 after SIGTERM.
     """
     try:
+        _run()
+    except SystemExit as ended:
+        # Imported where several processes trained, and nowhere else in vain.
+        distributed = sys.modules.get("twostep.runtime.distributed")
+        if distributed is not None:
+            distributed.end_process(ended.code if isinstance(ended.code, int) else 0)
+        raise
+
+
+def _run() -> None:
+    try:
         with ended_by_signals():
             app()
     except UserError as error:

@@ -15,7 +15,7 @@ from twostep.data.cache.spec import CacheSpec
 from twostep.distill.checkpoint import CheckpointError, TrainingState
 from twostep.distill.objectives.roles import Roles
 from twostep.distill.run_folder import RunFolder
-from twostep.distill.tensor_files import load_tensors, save_folder
+from twostep.distill.tensor_files import check_whole, load_tensors, save_folder
 from twostep.models.lora_files import rank_of
 from twostep.models.student import LORA_INDEX, STEPS, write_lora_pair, write_student
 from twostep.models.transformer import whole_transformer
@@ -51,6 +51,7 @@ class BestStudent:
         """
         if self.folder.best.is_dir():
             try:
+                check_whole(self.folder.best)
                 load_tensors(self._average(), self.folder.best)
             except Exception as error:
                 raise CheckpointError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from twostep.distill.ema import Ema
 from twostep.distill.optimizers import make_states
 from twostep.distill.tensor_files import (
+    check_whole,
     load_tensors,
     save_folder,
     save_in_background,
@@ -216,6 +217,7 @@ class TrainingState:
             CheckpointError: if it is damaged or belongs to another recipe.
         """
         try:
+            check_whole(checkpoint)
             record = json.loads((checkpoint / "state.json").read_text())
             if record.get("version", 1) != VERSION:
                 raise ValueError(
@@ -224,6 +226,7 @@ class TrainingState:
                     "version that began it, or begin a new one"
                 )
             for name in record["frozen"]:
+                check_whole(frozen / name)
                 load_tensors(self.modules[name].state_dict(), frozen / name)
                 self._leave_out(name)
             names = stored_names(checkpoint)
@@ -250,6 +253,8 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: if its record cannot be read.
     """
     path = checkpoint / "state.json"
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no ordinary file")
     try:
         facts = json.loads(path.read_text(encoding="utf-8")).get("facts", {})
     except (OSError, ValueError, AttributeError, RecursionError) as error:

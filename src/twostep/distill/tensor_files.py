@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from twostep.runtime.checksums import check_sums, write_sums
+from twostep.runtime.checksums import SumsError, check_sums, write_sums
 from twostep.runtime.distributed import World
 from twostep.runtime.files import make_folder, replace_folder, writing
 from twostep.runtime.processes import Share
@@ -74,15 +74,21 @@ def save_folder(tensors: Mapping[str, Tensor], folder: Path, world: World) -> No
     world.wait()
 
 
+def check_whole(folder: Path) -> None:
+    """Raises SumsError if a file of a folder is not as it was written; one process looks."""
+    if Share.here().is_first:
+        for path in folder.iterdir():
+            if path.exists() and not path.is_file():
+                raise SumsError(f"{path} is no ordinary file")
+        check_sums(folder)
+
+
 def load_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Fills `tensors` in place from what `save_tensors` wrote.
+    """Fills `tensors` in place from what `save_tensors` wrote, which `check_whole` looked at.
 
     Raises:
-        SumsError: if a file is not as it was written.
         ValueError: if the files do not hold these tensors, in the words of torch's reader.
     """
-    if Share.here().is_first:  # once for all processes
-        check_sums(folder)
     with warnings.catch_warnings():
         # Alone it says that no process group is there; that is meant.
         warnings.simplefilter("ignore", UserWarning)

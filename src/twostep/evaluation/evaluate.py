@@ -25,7 +25,6 @@ from twostep.evaluation.report.words import verdict
 from twostep.evaluation.scorers import check_scorer, load_scorer
 from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
-from twostep.models.folder import ModelFolder
 from twostep.runtime.files import make_folder, sweep, write_json
 from twostep.runtime.images import pictures_at_once
 from twostep.runtime.processes import Share, beat, end_beats, wait_for
@@ -126,7 +125,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     for name in request.scores:
         check_scorer(name, scenes=request.prompts.scenes is not None)
     for entry in request.entries:
-        folder_of = ModelFolder.open(entry.model)
+        folder_of = entry.open()
         folder_of.latent_shape(request.size)
         folder_of.count_steps(entry.steps)
     make_folder(folder)
@@ -143,7 +142,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         for entry in (*request.entries, others)
     ]
     share = Share.here()
-    _make_all(stores, request.options, share=share)
+    make_all(stores, request.options, share=share)
     if not share.is_first:
         return None
     wait_for(
@@ -202,15 +201,16 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     )
 
 
-def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
-    loaded: dict[str, Sampler] = {}
+def make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
+    """Makes what is missing of all stores, this process's share, one model in memory at a time."""
+    loaded: dict[object, Sampler] = {}
 
     def load(store: ImageStore) -> Sampler:
-        model = store.entry.model
-        if model not in loaded:
+        weights = store.entry.model, store.entry.loras
+        if weights not in loaded:
             loaded.clear()  # one model in memory at a time
-            loaded[model] = options.load(ModelFolder.open(model), store.prompts.prompts)
-        return loaded[model]
+            loaded[weights] = options.load(store.entry.open(), store.prompts.prompts)
+        return loaded[weights]
 
     # Stores of one model in a row, so that it is loaded once.
     for store in sorted(stores, key=lambda s: s.entry.model):
@@ -278,9 +278,16 @@ def _time(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
     count = min(request.timed, len(prompts), pictures_at_once(*request.size))
     result = {}
     for entry in request.entries:
-        sampler = request.options.load(ModelFolder.open(entry.model), [])
+        sampler = request.options.load(entry.open(), [])
         noise = prompts.noise(slice(0, count), sampler.noise_shape(*request.size))
-        latency = measure_latency(sampler, prompts.captions[:count], noise, steps=entry.steps)
+        latency = measure_latency(
+            sampler,
+            prompts.captions[:count],
+            noise,
+            steps=entry.steps,
+            guidance_scale=entry.guidance_scale,
+            sigmas=entry.sigmas,
+        )
         result[entry.key] = {"seconds_per_image": latency.total, "latency": latency.as_dict()}
     return result
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from twostep.evaluation.entries import Entry
 from twostep.evaluation.prompts import PromptSet
 from twostep.inference.sampler import Sampler, check_pictures
-from twostep.models.folder import ModelFolder
 from twostep.runtime.checked_tensors import DamagedError, load_checked, save_checked
 from twostep.runtime.devices import Memory
 from twostep.runtime.files import make_folder, write_atomically
@@ -58,10 +57,12 @@ class ImageStore:
         memory: Memory = "plain",
     ) -> None:
         self.folder, self.entry, self.prompts, self.size = folder, entry, prompts, size
-        weights = ModelFolder.open(entry.model).fingerprint
+        weights = entry.open().fingerprint
         settings: list[Any] = [entry.steps, entry.guidance_scale, entry.reference, *size]
         if memory in ("int8", "fp8"):  # others give the same pictures
             settings.append(memory)
+        if entry.sigmas is not None:
+            settings.append(entry.sigmas)
         text = json.dumps([weights, settings, prompts.fingerprint, PART])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
@@ -88,6 +89,7 @@ class ImageStore:
             noise,
             self.entry.steps,
             guidance_scale=self.entry.guidance_scale,
+            sigmas=self.entry.sigmas,
         )
         images = check_pictures(sampler.decoder.decode(sample.latents), self.prompts.captions[rows])
         tensors = {"images": to_bytes(images)}

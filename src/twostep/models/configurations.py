@@ -15,7 +15,7 @@ _MOST, _LONGEST = 1 << 24, 256
 _SCALES = (
     ("vae", "scaling_factor", 1.0, 0.0),
     ("vae", "shift_factor", 0.0, -math.inf),
-    ("scheduler", "shift", 1.0, 0.0),
+    ("scheduler", "shift", 1.0, 1e-4),
 )
 
 
@@ -85,8 +85,9 @@ def _check_scales(base: Path) -> None:
         value = values[part].get(key)
         value = usual if value is None else value
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low < value < math.inf:
+        # Beyond, levels of noise or pictures are all alike.
+        if not is_number or not low < value < 1e4:
             raise ModelError(
-                f"{base / part}: {key} must be a finite number above {low:g}, "
+                f"{base / part}: {key} must be a number above {low:g} and below 10000, "
                 f"got {repr(value)[:50]}"
             )

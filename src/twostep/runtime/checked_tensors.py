@@ -48,6 +48,7 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         DamagedError: if it is no such file, cut short, or its checksum is another one.
         FileNotFoundError: if there is none.
     """
+    _check_ordinary(path)
     try:
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
@@ -60,6 +61,12 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if is_verifying() and _KEY in metadata and metadata[_KEY] != _digest(tensors):
         raise DamagedError(f"{path} is not as it was written: its checksum is another one")
     return tensors, metadata
+
+
+def _check_ordinary(path: Path) -> None:
+    """Raises DamagedError for what could be read for ever: a pipe, a device."""
+    if path.exists() and not path.is_file():
+        raise DamagedError(f"{path} is no ordinary file")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -86,6 +93,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_ordinary(path)
         self._file = path.open("rb", buffering=0)
         try:
             length = int.from_bytes(self._read(0, 8), "little")

@@ -142,9 +142,13 @@ def verify(folder: Path) -> bool:
         if not parts or ".." in parts or Path(str(name)).is_absolute():
             raise ModelError(f"{path} names {str(name)[:100]!r}, which is outside the folder")
         file = folder / str(name)
-        if not file.is_file():
-            raise ModelError(f"{file} is missing; {NAME} lists it")
-        if digest(file) != wanted:
+        try:
+            found = digest(file) if file.is_file() else None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{str(file)[:200]} cannot be read: {error}"[:400]) from error
+        if found is None:
+            raise ModelError(f"{str(file)[:200]} is missing; {NAME} lists it")
+        if found != wanted:
             raise ModelError(
                 f"{file} is not as it was written: its checksum is another one. Take the folder "
                 f"from where it came, or, if the change is yours, remove {path}"
@@ -178,16 +182,20 @@ def check_sums(folder: Path) -> None:
         names = [Path(str(name)).name for name in wanted]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SumsError(f"{path} cannot be read: it lists no checksums") from error
-    missing = [folder / name for name in names if not (folder / name).is_file()]
+    there = {p.name for p in folder.iterdir() if p.is_file()}
+    missing = [name for name in names if name not in there]
     if missing:
-        raise SumsError(f"{missing[0]} is missing; {QUICK_NAME} lists it")
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(_quick, [folder / name for name in names])
-        for name, is_now, was in zip(names, found, wanted.values(), strict=True):
-            if is_now != was:
-                raise SumsError(
-                    f"{folder / name} is not as it was written: its checksum is another one"
-                )
+        raise SumsError(f"{folder / missing[0][:200]} is missing; {QUICK_NAME} lists it")
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = list(pool.map(_quick, [folder / name for name in names]))
+    except OSError as error:
+        raise SumsError(f"{error.filename} cannot be read: {error.strerror}") from error
+    for name, is_now, was in zip(names, found, wanted.values(), strict=True):
+        if is_now != was:
+            raise SumsError(
+                f"{folder / name} is not as it was written: its checksum is another one"
+            )
 
 
 def _quick(path: Path) -> str:
