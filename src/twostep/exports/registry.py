@@ -163,8 +163,8 @@ def _folder(
     if student.kind != "lora_pair" or dtype == torch.float32:
         return []
     return [
-        f"the adapters are added to weights in {str(dtype).removeprefix('torch.')}, which rounds what "
-        "they change; --dtype float32 keeps it, and --to lora keeps it exactly"
+        f"the adapters are added to weights in {str(dtype).removeprefix('torch.')}, which rounds "
+        "what they change; --dtype float32 keeps it, and --to lora keeps it exactly"
     ]
 
 
