@@ -17,6 +17,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -77,6 +78,8 @@ class Result:
 
 def run_case(case: Case, world: Path, here: Path) -> Result:
     """Runs a command in a child, in a copy of what it needs of the world."""
+    if (here / "new").is_mount():
+        subprocess.run(["umount", "-l", here / "new"], check=False)
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
     for part in case.needs:
