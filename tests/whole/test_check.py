@@ -234,7 +234,7 @@ def test_a_cache_that_is_cut_while_it_is_read_is_a_sentence(whole: Path, tmp_pat
     assert torch.equal(first.latents, sound.latents)
     assert all(map(torch.equal, first.embeds, sound.embeds))
     os.truncate(tmp_path / "cache/shard-00000.safetensors", 4096)
-    with pytest.raises(UserError, match="00000.safetensors was cut short while it was in use"):
+    with pytest.raises(UserError, match=r"00000\.safetensors was cut short while it was in use"):
         cache.read([0, 7])
 
 
