@@ -45,7 +45,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 class Process:
     """A server in a process of its own."""
 
-    def __init__(self, command: list[str], **variables: str) -> None:
+    def __init__(self, command: list[str], *, patience: float = 60, **variables: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -53,7 +53,8 @@ class Process:
         self.process = subprocess.Popen(
             command, env=os.environ | variables, stderr=subprocess.DEVNULL
         )
-        for _ in range(600):
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
             try:
                 with urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=5):
                     return
@@ -61,6 +62,7 @@ class Process:
                 if self.process.poll() is not None:
                     break
                 time.sleep(0.1)
+        self.process.terminate()
         raise RuntimeError(f"{shlex.join(command)} did not get ready")
 
     def cpu(self) -> float:
@@ -79,8 +81,8 @@ class Process:
 
 
 @contextmanager
-def running(command: list[str], **variables: str) -> Any:
-    server = Process(command, **variables)
+def running(command: list[str], *, patience: float = 60, **variables: str) -> Any:
+    server = Process(command, patience=patience, **variables)
     try:
         yield server
     finally:

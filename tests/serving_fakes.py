@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from twostep.errors import InputError
 from twostep.serving.app import AppOptions, create_app
 from twostep.serving.catalogue import Offer
 from twostep.serving.engine import Engine
-from twostep.serving.jobs import Event, Finished, Job, PictureSpec, Pixels
+from twostep.serving.jobs import Event, Finished, Handover, Job, PictureSpec, Pixels
 from twostep.serving.metrics import Metrics
 
 
@@ -64,6 +67,51 @@ class FakeModel:
 
     def finish(self, states: list[Any]) -> list[Finished]:
         assert all(taken == self.steps for _, taken in states)
+        self._enter("finish", [seed for seed, _ in states])
+        return [Finished(_colour(seed, taken), 5, 16) for seed, taken in states]
+
+
+class MortalModel(FakeModel):
+    """Where `sentence` is there, removes it and dies in its step 1: one process of several."""
+
+    def __init__(self, sentence: Path, seconds: float) -> None:
+        super().__init__(2, seconds)
+        self.sentence = sentence
+
+    @staticmethod
+    def load(sentence: Path, seconds: float) -> dict[str, FakeModel]:
+        return {"a": MortalModel(sentence, seconds)}
+
+    def first(self, specs: list[PictureSpec]) -> list[Any]:
+        try:
+            self.sentence.unlink()
+        except FileNotFoundError:
+            return super().first(specs)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+class HandingModel(FakeModel):
+    """One stage of a line of two: number 1 hands its step over, number 2 goes on from there."""
+
+    @staticmethod
+    def stage(number: int, seconds: float) -> dict[str, FakeModel]:
+        return {"a": (HandingModel if number == 1 else HandedModel)(1, seconds)}
+
+    def finish(self, states: list[Any]) -> list[Any]:
+        self._enter("finish", [seed for seed, _ in states])
+        packed = [(bytes([taken]), (1,), "uint8") for _, taken in states]
+        return [Handover(each, each) for each in packed]
+
+
+class HandedModel(FakeModel):
+    """What `HandingModel` handed over."""
+
+    def first(self, specs: list[PictureSpec]) -> list[Any]:
+        self._enter("first", [spec.seed for spec in specs])
+        return [(spec.seed, spec.handover.latents[0][0] + 1) for spec in specs]  # type: ignore[attr-defined]
+
+    def finish(self, states: list[Any]) -> list[Finished]:
         self._enter("finish", [seed for seed, _ in states])
         return [Finished(_colour(seed, taken), 5, 16) for seed, taken in states]
 

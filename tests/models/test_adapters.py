@@ -313,7 +313,7 @@ def test_adapters_start_from_the_lora_files_of_an_earlier_stage(
         state = backbone.module(step).state_dict()
         named = {"transformer." + k.replace("/", "."): v for k, v in state.items()}
         save_file(named, files / f"{step}.safetensors")
-    write_lora_index(files, teacher=str(tiny_folder), schedule=Schedule(3.0, 0.75))
+    write_lora_index(files, teacher=(str(tiny_folder), None), schedule=Schedule(3.0, 0.75))
     recipe = make_recipe(student=LORA | {"rank": 6, "init": str(files)})
     roles = build_roles(recipe, ModelFolder.open(tiny_folder), device=CPU)
     for step in ("first", "second"):

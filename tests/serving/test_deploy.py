@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 import yaml
 
 from twostep.cli import app
 from twostep.cli.serve import parse_choice
+from twostep.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 INSTRUCTIONS = {
@@ -76,3 +79,56 @@ def test_manifest_asks_what_the_server_answers_and_waits_for_its_end() -> None:
     assert parse_choice(given["--model"] or "").model.startswith(
         container["volumeMounts"][0]["mountPath"]
     )
+
+
+def test_ray_service_deploys_the_application_that_the_command_does() -> None:
+    service = yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text(encoding="utf-8"))
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    assert f"ray=={cluster['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    given = options(application["args"]["options"].split())
+    (worker,) = cluster["workerGroupSpecs"]
+    for group, key in ((cluster["headGroupSpec"], "ray-head"), (worker, "ray-worker")):
+        spec = group["template"]["spec"]
+        (container,) = spec["containers"]
+        assert container["name"] == key
+        assert {each["name"]: each.get("value") for each in container["env"]} == {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "TWOSTEP_API_KEY": None,
+        }
+        mounted = container["volumeMounts"][0]
+        assert mounted["name"] == spec["volumes"][0]["name"]
+        assert parse_choice(given["--model"] or "").model.startswith(mounted["mountPath"])
+    ports = {
+        each["name"]: each["containerPort"]
+        for each in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    }
+    assert ports["serve"] == config["http_options"]["port"]
+    grace = worker["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert float(given["--deadline"] or 0) < grace
+    least, most = map(int, (given["--autoscale"] or "").split(":"))
+    assert worker["minReplicas"] == worker["replicas"] == least
+    assert worker["maxReplicas"] > most  # a rolling update starts a new one first
+    schema = pytest.importorskip("ray.serve.schema", reason="the extra `ray` is not installed")
+    schema.ServeDeploySchema.model_validate(config)
+
+
+def test_a_manifests_options_make_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
+    from twostep.cli.serve_ray import application
+
+    words = "--model zoo:emoji-student --two-stage --autoscale 2:3 --queue 20 --max-batch 4"
+    with pytest.raises(InputError, match="TWOSTEP_API_KEY"):
+        application({"options": words})
+    monkeypatch.setenv("TWOSTEP_API_KEY", "a-key-of-this-test")
+    made = application({"options": words, "gpus": False})
+    front = made._bound_deployment
+    catalogue, given, *stations = front.init_args
+    assert list(catalogue()) == ["emoji-student"]
+    assert (given.autoscale, given.line, given.gpus, given.cpus) == ((2, 3), 20, 0.0, 1.0)
+    assert [each._bound_deployment.name for each in stations] == ["first_step", "second_step"]
+    assert "a-key-of-this-test" not in repr(vars(given.app.keys))

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from serving_fakes import FakeModel, job, running, until
-from twostep.serving.engine import Engine, FullError, NotReadyError
-from twostep.serving.jobs import Event, Finished, Left, Observer, Preview
+from twostep.serving.engine import Engine
+from twostep.serving.jobs import Event, Finished, FullError, Left, NotReadyError, Observer, Preview
 
 Events = list[tuple[int, Event]]
 

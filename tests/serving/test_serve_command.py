@@ -172,6 +172,21 @@ def test_models_are_named(text: str, name: str, model: str, steps: int | None) -
 
 
 def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "twostep.serving.app", None)
+    monkeypatch.setitem(sys.modules, "twostep.serving.server", None)
     message = refused("--demo")
     assert 'serve needs this package\'s extra "serve"' in message
+
+
+def test_what_a_cluster_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--replicas: is for a cluster" in refused("--demo", "--replicas", "2")
+    assert "--two-stage: is for a cluster" in refused("--demo", "--two-stage")
+    assert "--replicas" in refused("--demo", "--ray", "--replicas", "2", "--autoscale", "1:2")
+    for wrong in ("2", "3:2", "0:4", "a:b"):
+        assert f"MIN <= MAX, got '{wrong}'" in refused("--demo", "--ray", "--autoscale", wrong)
+    assert "--share" in refused("--demo", "--ray", "--share", "1.5")
+    assert "--two-stage: emoji-teacher has no second step" in refused(
+        "--demo", "--ray", "--two-stage"
+    )
+    monkeypatch.setitem(sys.modules, "ray", None)
+    message = refused("--model", "zoo:emoji-student", "--ray")
+    assert '--ray needs this package\'s extra "ray"' in message

@@ -138,9 +138,9 @@ VALUES: dict[str, tuple[str, dict[str, object], str]] = {
     "sigma 0": ("model_index.json", {"step2_sigma": 0}, "step2_sigma must be above 0 and below 1"),
     "sigma a word": ("model_index.json", {"step2_sigma": "x"}, "model_index.json"),
     "another step 2": ("transformer_2/config.json", {"n_layers": 1}, "transformers differ"),
-    "scaling 0": ("vae/config.json", {"scaling_factor": 0}, "scaling_factor must be a finite"),
+    "scaling 0": ("vae/config.json", {"scaling_factor": 0}, "scaling_factor must be a number"),
     "scaling nan": ("vae/config.json", {"scaling_factor": math.nan}, "scaling_factor must be"),
-    "shift -1": ("scheduler/scheduler_config.json", {"shift": -1.0}, "shift must be a finite"),
+    "shift -1": ("scheduler/scheduler_config.json", {"shift": -1.0}, "shift must be a number"),
     "shift a word": ("scheduler/scheduler_config.json", {"shift": "\x1b"}, r"got '\\x1b'"),
 }
 

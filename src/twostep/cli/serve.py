@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,20 +17,17 @@ from twostep.cli.arguments import (
     PromptCacheOption,
     open_loras,
     parse_device,
-    parse_memory,
     parse_model,
-    parse_size,
 )
-from twostep.cli.console import note, quiet
+from twostep.cli.console import quiet
 from twostep.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
     from twostep.serving.served_model import ModelChoice
 
-_DEMO = ("zoo:emoji-student", "zoo:emoji-teacher")
-
 
 def serve(
+    context: typer.Context,
     model: Annotated[
         list[str] | None,
         typer.Option(help="[NAME=]MODEL[@STEPS], a folder, zoo:NAME or a hub id; may be repeated"),
@@ -75,53 +71,55 @@ def serve(
         bool, typer.Option("--log-prompts", help="write prompts into the log")
     ] = False,
     device: DeviceOption = "auto",
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="on Ray Serve: RAY_ADDRESS's cluster, or one on this machine"),
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="with --ray: processes that hold the models (1)")
+    ] = None,
+    autoscale: Annotated[
+        str | None, typer.Option(help="with --ray: MIN:MAX replicas, by the length of the queue")
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(help="with --ray: GPUs of a replica, CPUs where there is none (1)"),
+    ] = None,
+    two_stage: Annotated[
+        bool,
+        typer.Option("--two-stage", help="with --ray: step 1 and step 2 in replicas of their own"),
+    ] = False,
 ) -> None:
     """Serve models over HTTP: OpenAI's images API, a stream with step 1's preview, a page.
 
     Example: twostep serve --demo
 
     A student and its teacher: twostep serve --model runs/x/student --model teacher=FOLDER@8
+
+    On a cluster: RAY_ADDRESS=... twostep serve --ray --autoscale 2:8 --model runs/x/student
     """
     try:
+        from twostep.cli import serve_options, serve_ray
         from twostep.serving import served_model
-        from twostep.serving.app import AppOptions
-        from twostep.serving.keys import Keys
-        from twostep.serving.requests import Limits
-        from twostep.serving.server import ServerOptions, check_open
+        from twostep.serving.server import check_open
         from twostep.serving.server import serve as run
     except ImportError as error:
         raise missing_extra("serve", error, option="serve") from error
-    from twostep.runtime.devices import Placement
 
-    if demo and model:
-        raise InputError("--demo: serves the embedded models, give it or --model")
-    options = ServerOptions(
-        host=host, port=port, line=queue, max_batch=max_batch, batch_wait=batch_wait / 1000,
-        app=AppOptions(
-            limits=Limits(
-                prompt_characters=max_prompt, pixels=max_pixels, deadline=deadline,
-                body_bytes=max(64 * 1024, 16 * max_prompt),
-            ),
-            keys=Keys.read(api_keys, os.environ),
-            log_prompts=log_prompts,
-            drain_seconds=deadline,
-        ),
-    )  # fmt: skip
-    check_open(options)
+    asked = serve_options.read(context.params)
+    check_open(asked.server)
     quiet()
-    holding = served_model.HoldingOptions(
-        Placement.on(parse_device(device), parse_memory(memory)), tiny_decoder=decoder,
-        prompt_cache=prompt_cache, compiled=compiled, max_batch=max_batch,
-    )  # fmt: skip
-    opened = served_model.open_models(
-        with_loras([parse_choice(text) for text in (_DEMO if demo else model or [])], lora or ()),
-        size=None if size is None else parse_size(size),
-    )
+    ready = serve_options.say_ready
+    if asked.replication is not None:
+        serve_ray.serve_on_ray(asked, on_ready=ready)
+        return
+    holding = asked.holding(parse_device(device))
+    opened = served_model.open_models(asked.choices, size=asked.size)
     run(
         lambda: served_model.load_models(opened, holding),
         {each.offer.name: each.offer for each in opened},
-        options,
-        on_ready=lambda url: note(f"ready at [bold]{url}[/]; Ctrl-C ends"),
+        asked.server,
+        on_ready=ready,
     )
 
 

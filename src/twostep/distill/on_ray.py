@@ -12,8 +12,9 @@ from twostep.data.cache.build import open_cache
 from twostep.data.cache.spec import CacheSpec
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.trainer import Trainer
-from twostep.errors import UserError, missing_extra
+from twostep.errors import UserError
 from twostep.recipe.schema import Recipe
+from twostep.runtime.ray_cluster import connect_ray
 
 
 class RayError(UserError, RuntimeError):
@@ -33,16 +34,10 @@ def distill_on_ray(recipe: Recipe, workers: int) -> Path:
         RayError: when the run failed.
     """
     CacheSpec.of(recipe)  # what the recipe names wrongly is told here, not by a worker
-    # Ray would build an environment of its own for each worker when it is itself run by uv.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    try:
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-    except ImportError as error:
-        raise missing_extra("ray", error, option="--ray") from error
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=True)
+    ray = connect_ray("--ray")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     gpus = recipe.training.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     trainer = TorchTrainer(
         _work,

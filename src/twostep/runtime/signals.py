@@ -31,3 +31,14 @@ def catch_signals() -> Iterator[list[str]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def catch_hangup() -> Iterator[list[str]]:
+    """Collects SIGHUP: the usual way to ask a server to read its files anew."""
+    caught: list[str] = []
+    previous = signal.signal(signal.SIGHUP, lambda number, _: caught.append("SIGHUP"))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGHUP, previous)

@@ -18,9 +18,9 @@ from starlette.requests import Request
 import twostep
 from twostep.serving.catalogue import Catalogue
 from twostep.serving.door import Application, Door, json_answer
-from twostep.serving.engine import Engine
 from twostep.serving.errors import ApiError, failed, not_ready
 from twostep.serving.images_api import images_api
+from twostep.serving.jobs import Maker
 from twostep.serving.keys import Keys
 from twostep.serving.metrics import Metrics
 from twostep.serving.requests import Limits
@@ -48,7 +48,7 @@ class AppOptions:
 
 
 def create_app(
-    engine: Engine, catalogue: Catalogue, *, metrics: Metrics, options: AppOptions | None = None
+    engine: Maker, catalogue: Catalogue, *, metrics: Metrics, options: AppOptions | None = None
 ) -> Application:
     """An ASGI application that starts `engine` when it starts, and closes it when it ends."""
     options = options or AppOptions()
@@ -109,7 +109,7 @@ def _add_models(app: FastAPI, catalogue: Catalogue) -> None:
         return catalogue[name].as_json()
 
 
-def _add_state(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+def _add_state(app: FastAPI, engine: Maker, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process works."""

@@ -10,30 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from twostep.serving.jobs import Job, Observer, StepModel
+from twostep.serving.jobs import EngineState, FullError, Job, NotReadyError, Observer, StepModel
 from twostep.serving.stages import Cohort, Stages
 
-EngineState = Literal["starting", "ready", "failed", "draining", "closed"]
 # Weight of the newest batch in the running mean of seconds a picture.
 _NEWEST = 0.2
-
-
-class FullError(Exception):
-    """The line is full.
-
-    Attributes:
-        retry_after: seconds after which about half of it will be gone.
-    """
-
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(f"the line is full, try again in {retry_after:.1f} s")
-        self.retry_after = retry_after
-
-
-class NotReadyError(Exception):
-    """The engine is starting, ending or has failed."""
 
 
 class Engine:

@@ -14,9 +14,8 @@ from fastapi.responses import Response
 from twostep.serving.catalogue import Catalogue
 from twostep.serving.clients import EventStream, read_body, while_there
 from twostep.serving.door import PICTURES
-from twostep.serving.engine import Engine
 from twostep.serving.errors import ApiError, failed
-from twostep.serving.jobs import Finished, Pixels, Preview
+from twostep.serving.jobs import Finished, Maker, Pixels, Preview
 from twostep.serving.logs import log_error
 from twostep.serving.metrics import Metrics
 from twostep.serving.order import Order
@@ -28,7 +27,7 @@ _BODY = {"application/json": {"schema": GenerationBody.model_json_schema()}}
 
 
 def images_api(
-    engine: Engine,
+    engine: Maker,
     catalogue: Catalogue,
     *,
     limits: Limits,

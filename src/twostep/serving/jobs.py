@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+EngineState = Literal["starting", "ready", "failed", "draining", "closed"]
 Pixels = NDArray[np.uint8]  # (H, W, 3)
+# Bytes of a tensor, its shape and the name of its dtype: numpy knows no bf16.
+Packed = tuple[bytes, tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class PictureSpec:
     prompt: str
     seed: int
     size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class HandedSpec(PictureSpec):
+    """A picture whose step 1 was made elsewhere."""
+
+    handover: Handover
 
 
 @dataclass(frozen=True)
@@ -44,13 +54,26 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Handover:
+    """What lies between the steps, for whoever makes step 2.
+
+    Attributes:
+        latents: (C, H, W).
+        embeds: (tokens, D).
+    """
+
+    latents: Packed
+    embeds: Packed
+
+
+@dataclass(frozen=True)
 class Left:
     """The picture will not be made: the model failed on it, or the engine was closed."""
 
     reason: Literal["failed", "closed"]
 
 
-Event = Preview | Finished | Left
+Event = Preview | Finished | Handover | Left
 
 
 @dataclass(eq=False)
@@ -62,6 +85,7 @@ class Job:
         preview: whether a `Preview` is wanted.
         deadline: on `time.monotonic`'s clock; past it the picture is not made.
         group: what may share a batch with it; the model says.
+        on_cancel: called by `cancel`, where whoever makes the picture has to be told.
     """
 
     spec: PictureSpec
@@ -70,11 +94,14 @@ class Job:
     deadline: float = float("inf")
     submitted: float = field(default_factory=time.monotonic)
     group: Hashable = None
+    on_cancel: Callable[[], object] | None = None
     _cancelled: bool = False
 
     def cancel(self) -> None:
         """Nobody waits for it any more: it leaves before its next step. From any thread."""
         self._cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
 
     def gone(self, now: float) -> bool:
         """Whether it is cancelled or past its deadline."""
@@ -106,9 +133,65 @@ class StepModel(Protocol):
         """Pictures of what step 1 points to."""
         ...
 
-    def finish(self, states: list[Any]) -> list[Finished]:
-        """The pictures, after the last step."""
+    def finish(self, states: list[Any]) -> Sequence[Finished | Handover]:
+        """The pictures, after the last step; or what the next stage of a line is given."""
         ...
+
+
+class Maker(Protocol):
+    """Makes pictures: an engine in this process, or replicas elsewhere.
+
+    Attributes:
+        state: as `Engine` has it.
+        waiting: pictures in line.
+        in_flight: pictures on their way.
+    """
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def start(self) -> None:
+        """Begins; returns at once."""
+        ...
+
+    def busy(self) -> float | None:
+        """Seconds after which to come back if the line is full; None if there is room."""
+        ...
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Puts all of `jobs` in line, or none.
+
+        Raises:
+            FullError: if there is no room for all.
+            NotReadyError: if it takes none.
+        """
+        ...
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Takes no more, finishes what it has, at most for `timeout` seconds, and ends."""
+        ...
+
+
+class FullError(Exception):
+    """The line is full.
+
+    Attributes:
+        retry_after: seconds after which about half of it will be gone.
+    """
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the line is full, try again in {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
+class NotReadyError(Exception):
+    """The engine is starting, ending or has failed."""
 
 
 class Observer:

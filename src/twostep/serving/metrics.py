@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from twostep.serving.engine import Engine
-from twostep.serving.jobs import Observer
+from twostep.serving.jobs import Maker, Observer
 from twostep.serving.logs import log_error
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
@@ -43,7 +42,7 @@ class Metrics(Observer):
             ["reason"], registry=registry,
         )  # fmt: skip
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, engine: Maker) -> None:
         """Shows the engine's line and state, too."""
         for name, about, read in (
             ("twostep_queue_pictures", "pictures in line", lambda: engine.waiting),

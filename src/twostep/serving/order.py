@@ -6,9 +6,19 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
-from twostep.serving.engine import Engine, FullError, NotReadyError
 from twostep.serving.errors import failed, full, not_ready, too_late
-from twostep.serving.jobs import Event, Finished, Job, Left, PictureSpec, Preview
+from twostep.serving.jobs import (
+    Event,
+    Finished,
+    FullError,
+    Handover,
+    Job,
+    Left,
+    Maker,
+    NotReadyError,
+    PictureSpec,
+    Preview,
+)
 
 
 class Order:
@@ -19,7 +29,7 @@ class Order:
     """
 
     def __init__(
-        self, engine: Engine, specs: Sequence[PictureSpec], *, preview: bool, seconds: float
+        self, engine: Maker, specs: Sequence[PictureSpec], *, preview: bool, seconds: float
     ) -> None:
         self._engine, self._seconds = engine, seconds
         self._loop = asyncio.get_running_loop()
@@ -68,6 +78,7 @@ class Order:
             raise too_late(self._seconds) from None
         if isinstance(event, Left):
             raise failed() if event.reason == "failed" else not_ready("closing")
+        assert not isinstance(event, Handover)  # that one goes to the next replica of a line
         return index, event
 
     async def pictures(self) -> list[Finished]:

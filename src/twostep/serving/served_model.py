@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from twostep.models.codec import Decoder
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
 from twostep.models.prompt_encoder import PromptEncoder
-from twostep.models.velocity import bind
+from twostep.models.velocity import Velocity, bind
 from twostep.runtime.checksums import folder_fingerprint
 from twostep.runtime.devices import Placement
 from twostep.runtime.images import to_bytes
 from twostep.serving.catalogue import Offer
-from twostep.serving.jobs import Finished, PictureSpec, Pixels
+from twostep.serving.jobs import Finished, Handover, PictureSpec, Pixels
 from twostep.serving.logs import log
 
 # Pictures' sides unless the user says otherwise: of the package's own models, and of others.
@@ -121,21 +121,23 @@ class HoldingOptions:
 
 def load_models(models: Sequence[Opened], options: HoldingOptions) -> dict[str, ServedModel]:
     """Loads the weights and makes a first picture of each: what follows takes its usual time."""
-    shared = _SharedParts(options)
-    loaded: dict[str, ServedModel] = {}
+    shared, loaded = SharedParts(options), {}
     for opened in models:
         folder = opened.folder
-        sampler = Sampler(
-            folder.velocities(options.placement),
-            schedule=folder.schedule(),
-            space=folder.space,
-            encoder=shared.encoder(folder),
-            decoder=shared.decoder(folder),
-            device=options.placement.device,
-        )
         loaded[opened.offer.name] = ServedModel(
-            sampler, folder, steps=opened.offer.steps, rounded=options.compiled
+            shared.sampler(folder, folder.velocities(options.placement)),
+            folder,
+            steps=opened.offer.steps,
+            rounded=options.compiled,
         )
+    make_ready(models, loaded, options)
+    return loaded
+
+
+def make_ready(
+    models: Sequence[Opened], loaded: Mapping[str, ServedModel], options: HoldingOptions
+) -> None:
+    """Compiles where that is wanted, and makes pictures that nobody gets."""
     if options.compiled:
         # Once for each module: models may share a decoder.
         seen: set[int] = set()
@@ -147,16 +149,26 @@ def load_models(models: Sequence[Opened], options: HoldingOptions) -> dict[str, 
             batches.append(2 * batches[-1])
         for batch in batches:
             loaded[opened.offer.name].warm_up(opened.offer.size, batch)
-    return loaded
 
 
 @dataclass
-class _SharedParts:
+class SharedParts:
     """Text encoders and decoders, one for all models whose files are the same."""
 
     options: HoldingOptions
     _encoders: dict[str, PromptEncoder] = field(default_factory=dict)
     _decoders: dict[str, Decoder] = field(default_factory=dict)
+
+    def sampler(self, folder: ModelFolder, velocities: Sequence[Velocity]) -> Sampler:
+        """A model of these steps."""
+        return Sampler(
+            velocities,
+            schedule=folder.schedule(),
+            space=folder.space,
+            encoder=self.encoder(folder),
+            decoder=self.decoder(folder),
+            device=self.options.placement.device,
+        )
 
     def encoder(self, folder: ModelFolder) -> PromptEncoder:
         parts = (folder_fingerprint(folder.base / part) for part in ("text_encoder", "tokenizer"))
@@ -167,7 +179,6 @@ class _SharedParts:
             )
             # Its own notice has the prompt in it.
             self._encoders[key].on_cut = lambda _, tokens: log("a prompt was cut", tokens=tokens)
-            self._encoders[key].on_cut = lambda prompt, tokens: None  # no prompt in the log
         return self._encoders[key]
 
     def decoder(self, folder: ModelFolder) -> Decoder:
@@ -235,7 +246,8 @@ class ServedModel:
         prompts = PromptBatch.collate([embeds[row] for row in rows], self.sampler.device)
         field = bind(self.sampler.velocities[0], prompts)
         between = first_step(field, noise, self._schedule())
-        latents = between.latents2 if self.steps > 1 else between.clean1
+        more = self.sampler.is_student or self.steps > 1
+        latents = between.latents2 if more else between.clean1
         return [
             PictureState(*each)
             for each in zip(latents, between.clean1, embeds, strict=False)  # as many as asked for
@@ -259,7 +271,7 @@ class ServedModel:
     def preview(self, states: Sequence[PictureState]) -> list[Pixels]:
         return self._decode([state.clean1 for state in states])
 
-    def finish(self, states: Sequence[PictureState]) -> list[Finished]:
+    def finish(self, states: Sequence[PictureState]) -> Sequence[Finished | Handover]:
         pictures = self._decode([state.latents for state in states])
         _, height, width = states[0].latents.shape
         tokens = (height // self.sampler.space.patch) * (width // self.sampler.space.patch)

@@ -45,6 +45,13 @@ def check_open(options: ServerOptions) -> None:
         )
 
 
+def under_own_names(options: ServerOptions) -> AppOptions:
+    """The application's options; without keys it answers under this machine's names alone."""
+    if options.app.keys:
+        return options.app
+    return replace(options.app, hosts={*LOOPBACK, options.host.lower()})
+
+
 def serve(
     load: Callable[[], Mapping[str, StepModel]],
     catalogue: Catalogue,
@@ -69,10 +76,7 @@ def serve(
         load, line=options.line, max_batch=options.max_batch, batch_wait=options.batch_wait,
         observer=metrics,
     )  # fmt: skip
-    app_options = options.app
-    if not app_options.keys:
-        hosts = {*LOOPBACK, options.host.lower()}
-        app_options = replace(app_options, hosts=hosts)
+    app_options = under_own_names(options)
     listening = listen(options.host, options.port)
     server = uvicorn.Server(
         uvicorn.Config(

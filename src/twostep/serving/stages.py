@@ -64,7 +64,7 @@ class Stages:
     def _each(
         self,
         stage: str,
-        call: Callable[[list[Any]], list[Any]],
+        call: Callable[[list[Any]], Sequence[Any]],
         pairs: list[tuple[Job, Any]],
     ) -> list[tuple[Job, Any]]:
         """`call` on a batch; where it raises, on each alone, and who fails alone leaves."""
