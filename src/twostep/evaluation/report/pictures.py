@@ -75,8 +75,8 @@ def picture_rows(
                 f"picture-{row}-{column}",
                 _data_uri(image),
                 _about(label, captions[column], seeds[column] if seeds else None),
-                language_of(captions[column]),
-                f"picture-{below}-{column}",
+                language=language_of(captions[column]),
+                next=f"picture-{below}-{column}",
             )
             for column, image in enumerate(images)
         ]
@@ -91,8 +91,8 @@ def picture_pairs(group: PictureGroup) -> list[tuple[Pair, str, list[Shot]]]:
         language = language_of(pair.caption)
         shots = [
             Shot(
-                names[i], _data_uri(image), _about(side, pair.caption, pair.seed), language,
-                names[1 - i],
+                names[i], _data_uri(image), _about(side, pair.caption, pair.seed),
+                language=language, next=names[1 - i],
             )
             for i, (side, image) in enumerate((("left", pair.left), ("right", pair.right)))
         ]  # fmt: skip
