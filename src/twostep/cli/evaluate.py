@@ -92,6 +92,7 @@ def evaluate(
 
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep evaluate ...
     """
+    from twostep.distill.monitor import read_metrics
     from twostep.evaluation import entries
     from twostep.evaluation import evaluate as evaluation
     from twostep.evaluation.baselines import parse_baseline, with_baselines
@@ -135,7 +136,10 @@ def evaluate(
     if comparison is None:  # another process judges
         return
     path = out / "metrics.json"
-    comparison.write(path, {"command": shlex.join(["twostep", *sys.argv[1:]])})
+    facts = {"command": shlex.join(["twostep", *sys.argv[1:]])}
+    trained = Path(model[0])  # a student lies in its run's folder
+    curves = read_metrics(trained.parent) if trained.is_dir() else []
+    comparison.write(path, facts, curves=curves)
     note(f"[bold]{comparison.verdict}[/]")
     say(f"report: {path.with_name('report.html')}\n        {path}")
 
