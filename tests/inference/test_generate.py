@@ -124,9 +124,24 @@ def test_other_weights_make_other_pictures(
         folder=other,
         dtype=torch.float32,
     )
-    next(generate(PictureRequest(str(student), ["a dog"], size=SIZE), tmp_path / "out"))
-    again = next(generate(PictureRequest(str(other), ["a dog"], size=SIZE), tmp_path / "out"))
-    assert again.made
+    out = tmp_path / "out"
+    first = next(generate(PictureRequest(str(student), ["a dog"], size=SIZE), out))
+    kept = {first.path: first.path.read_bytes()}
+    for request in (
+        PictureRequest(str(other), ["a dog"], size=SIZE),
+        PictureRequest(str(student), ["a dog"], size=(48, 32)),
+    ):
+        again = next(generate(request, out))
+        assert again.made
+        assert again.path not in kept
+        kept[again.path] = again.path.read_bytes()
+        assert not next(generate(request, out)).made
+    own = out / "a-cat-0-2steps.png"
+    Image.new("RGB", (4, 4)).save(own)  # somebody else's
+    kept[own] = own.read_bytes()
+    cat = next(generate(PictureRequest(str(student), ["a cat"], size=SIZE), out))
+    assert cat.path.name.startswith("a-cat-0-2steps-")
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_prompts_that_look_alike_have_their_own_files(student: Path, tmp_path: Path) -> None:
