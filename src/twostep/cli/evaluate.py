@@ -99,6 +99,7 @@ def evaluate(
     pixels = parse_usual_size(size) or entries.usual_size(listed)
     entries.check_size(listed, pixels)
 
+    from twostep.distill.monitor import read_metrics
     from twostep.evaluation import evaluate as evaluation
     from twostep.evaluation.baselines import parse_baseline, with_baselines
     from twostep.evaluation.prompts import PromptSet
@@ -143,7 +144,10 @@ def evaluate(
     if comparison is None:  # another process judges
         return
     path = out / "metrics.json"
-    comparison.write(path, {"command": shlex.join(["twostep", *sys.argv[1:]])})
+    facts = {"command": shlex.join(["twostep", *sys.argv[1:]])}
+    trained = Path(model[0])  # a student lies in its run's folder
+    curves = read_metrics(trained.parent) if trained.is_dir() else []
+    comparison.write(path, facts, curves=curves)
     strong(comparison.verdict)
     say(f"report: {path.with_name('report.html')}\n        {path}")
 

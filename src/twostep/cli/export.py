@@ -90,6 +90,7 @@ def export(
         from twostep.exports import hub, registry
     if push is not None:
         hub.check_repo(push)
+        hub.check_has_card(to)
     options = registry.ExportOptions(
         teacher=teacher,
         rank=rank,

@@ -18,10 +18,12 @@ from twostep.evaluation.image_store import PART, ImageStore, make_images
 from twostep.evaluation.latency import measure_latency
 from twostep.evaluation.picture_index import write_index
 from twostep.evaluation.prompts import PromptSet
-from twostep.evaluation.report.page import Pair, write_report
+from twostep.evaluation.report.page import write_report
+from twostep.evaluation.report.pictures import PictureGroup
 from twostep.evaluation.report.votes import read_votes
 from twostep.evaluation.report.words import verdict
 from twostep.evaluation.scorers import Scorer, check_scorer, load_scorer
+from twostep.evaluation.worst import worst_pictures
 from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.runtime.files import make_folder, sweep, write_json
@@ -30,8 +32,8 @@ from twostep.runtime.processes import Share, beat, end_beats, wait_for
 from twostep.runtime.progress import progress_bar, working
 from twostep.runtime.provenance import stamp
 
-# How many columns the report's pictures have, and how many pairs it shows of each kind.
-_SHOWN, _PAIRS = 12, 8
+# How many columns the report's pictures have.
+_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +72,15 @@ class Comparison:
         figures: as in `metrics.json`.
         panels: the first pictures of each row, (K, 3, H, W), by label.
         captions: K prompts.
-        pairs: a student's images beside the teacher's of the same noise.
+        seeds: K, of the noise.
+        groups: the first student's worst pictures, by figure.
     """
 
     figures: dict[str, Any]
     panels: dict[str, Tensor]
     captions: list[str]
-    pairs: list[Pair]
+    seeds: list[int]
+    groups: list[PictureGroup]
 
     @property
     def verdict(self) -> str:
@@ -102,7 +106,7 @@ class Comparison:
         write_json(path, report)
         write_report(
             path.parent, report, panels=self.panels, captions=self.captions, curves=curves,
-            title=title, pairs=self.pairs, votes=read_votes(path),
+            title=title, groups=self.groups, seeds=self.seeds, votes=read_votes(path),
         )  # fmt: skip
 
 
@@ -202,7 +206,10 @@ def _judged(
         },
         panels={entry.label: images[:shown] for entry, images in pictures.items()},
         captions=prompts.captions[:shown],
-        pairs=_pairs(request, aligned[main], pictures),
+        seeds=prompts.noise_seeds()[:shown],
+        groups=worst_pictures(
+            aligned[main], request.entries, prompts, pictures=pictures, reference=reference
+        ),
     )
 
 
@@ -295,25 +302,3 @@ def _time(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
         )
         result[entry.key] = {"seconds_per_image": latency.total, "latency": latency.as_dict()}
     return result
-
-
-def _pairs(
-    request: EvaluationRequest, aligned: AlignedSets, pictures: Mapping[Entry, Tensor]
-) -> list[Pair]:
-    """The first student's images furthest from and closest to the teacher's of the same noise."""
-    student = next((e for e in request.entries if e.kind == "student"), None)
-    if student is None:
-        return []
-    apart = aligned.sets[student.key].features - aligned.teacher.features
-    order = apart.norm(dim=1).argsort(descending=True).tolist()
-    count = min(_PAIRS, len(order) // 2)
-    return [
-        Pair(
-            kind=kind,
-            caption=request.prompts.captions[row],
-            teacher=pictures[request.teacher][row],
-            student=pictures[student][row],
-        )
-        for kind, rows in (("furthest apart", order[:count]), ("closest", order[-count:][::-1]))
-        for row in rows
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +67,9 @@ class PictureIndex:
         try:
             found = json.loads((folder / _NAME).read_text(encoding="utf-8"))
             sets = {item["key"]: PictureSet(**item) for item in found["sets"]}
-            return PictureIndex(folder, found["prompts"], found["seeds"], found["part"], sets)
+            return PictureIndex(
+                folder, found["prompts"], found["seeds"], part=found["part"], sets=sets
+            )
         except FileNotFoundError:
             raise InputError(
                 f"RUN: {run} has no images/{_NAME}, expected the --out of `twostep evaluate`, "
@@ -122,9 +124,11 @@ def write_index(folder: Path, stores: Sequence[ImageStore], part: int) -> None:
 def _sets(store: ImageStore, folder: Path) -> Iterable[PictureSet]:
     entry, place = store.entry, str(store.folder.relative_to(folder))
     label = f"{entry.label}, other noise" if entry.reference else entry.label
-    yield PictureSet(entry.key, label, entry.kind, place, "images", store.fingerprint)
+    images = PictureSet(
+        key=entry.key, label=label, kind=entry.kind, folder=place, tensor="images",
+        fingerprint=store.fingerprint,
+    )  # fmt: skip
+    yield images
     if store.has_previews:
         preview = entry.as_preview()
-        yield PictureSet(
-            preview.key, preview.label, entry.kind, place, "previews", store.fingerprint
-        )
+        yield replace(images, key=preview.key, label=preview.label, tensor="previews")

@@ -302,7 +302,8 @@ def _facts(picture: Picture, request: PictureRequest, weights: str) -> dict[str,
     assert request.size is not None
     (height, width), options = request.size, request.options
     facts = {
-        "prompt": picture.prompt,
+        # Not `prompt`: ComfyUI would read it as JSON, and stop at it.
+        "Description": picture.prompt,
         "seed": str(picture.seed),
         "steps": str(picture.steps),
         "model": _public_name(picture.model),

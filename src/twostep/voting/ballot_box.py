@@ -143,7 +143,10 @@ class BallotBox:
             if made != [self._pictures.get(left), self._pictures.get(right)]:
                 continue
             task = Task(row, first, second)
-            yield number, Vote(who, task, left, right, cast(Answer, answer), at, seconds)
+            yield (
+                number,
+                Vote(who, task, left, right, answer=cast(Answer, answer), at=at, seconds=seconds),
+            )
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

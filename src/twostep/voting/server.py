@@ -74,6 +74,7 @@ class VoteServer:
             invitation=None if local else box.invitation,
         )
         self._socket = listen(host, port)
+        self._socket.listen()  # who comes before uvicorn runs waits, and is not refused
         self.url = url_of(host, self._socket)
         if not local:
             self.url += f"/#{box.invitation}"
