@@ -15,7 +15,6 @@ from twostep.cli import app
 from twostep.errors import ModelError
 from twostep.exports.combine import assemble
 from twostep.exports.registry import ExportOptions, export
-from twostep.inference import generate as generate_module
 from twostep.inference.generate import PictureRequest, SamplerOptions, generate
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
@@ -192,7 +191,7 @@ def test_where_all_pictures_are_there_no_weights_are_read(
 ) -> None:
     made = list(generate(PictureRequest(str(student), PROMPTS, size=(32, 32)), tmp_path))
     assert all(picture.made for picture in made)
-    monkeypatch.setattr(generate_module.Sampler, "load", None)
+    monkeypatch.setattr(Sampler, "load", None)
     again = list(generate(PictureRequest(str(student), PROMPTS, size=(32, 32)), tmp_path))
     assert [p.path for p in again] == [p.path for p in made]
     assert not any(picture.made for picture in again)
