@@ -15,7 +15,6 @@ from twostep.cli import app
 from twostep.errors import ModelError
 from twostep.exports.combine import assemble
 from twostep.exports.registry import ExportOptions, export
-from twostep.inference import generate as generate_module
 from twostep.inference.generate import PictureRequest, SamplerOptions, generate
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
@@ -192,7 +191,7 @@ def test_where_all_pictures_are_there_no_weights_are_read(
 ) -> None:
     made = list(generate(PictureRequest(str(student), PROMPTS, size=(32, 32)), tmp_path))
     assert all(picture.made for picture in made)
-    monkeypatch.setattr(generate_module.Sampler, "load", None)
+    monkeypatch.setattr(Sampler, "load", None)
     again = list(generate(PictureRequest(str(student), PROMPTS, size=(32, 32)), tmp_path))
     assert [p.path for p in again] == [p.path for p in made]
     assert not any(picture.made for picture in again)
@@ -248,4 +247,5 @@ def test_unknown_memory_is_named() -> None:
     asked = ["generate", "--model", "zoo:emoji-student", "--memory", "fp4", "x"]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 2
-    assert "'plain', 'int8', 'fp8', 'offload'" in result.stderr
+    told = " ".join(result.stderr.replace("│", " ").split())
+    assert "'fp4' is not one of 'plain', 'int8', 'fp8', 'offload'" in told
