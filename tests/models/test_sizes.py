@@ -54,7 +54,7 @@ def test_a_students_folder_says_it_and_its_exports_too(
     assert ModelFolder.open(tmp_path / "exported").sizes == SIZES
     assert ModelFolder.open(tmp_path / "mean").sizes == SIZES
     schedule = Schedule(3.0, 0.75)
-    write_lora_index(tmp_path, teacher=str(tiny_folder), schedule=schedule, sizes=SIZES)
+    write_lora_index(tmp_path, teacher=(str(tiny_folder), None), schedule=schedule, sizes=SIZES)
     assert json.loads((tmp_path / "twostep.json").read_text())["sizes"] == "48x32 32x48"
     broken = tmp_path / "broken"
     shutil.copytree(student, broken)

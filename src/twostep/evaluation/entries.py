@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from twostep.errors import InputError
 from twostep.models.folder import ModelFolder
-from twostep.models.lora_files import LoraFile
+
+if TYPE_CHECKING:
+    from twostep.models.lora_files import LoraFile
 
 Kind = Literal["teacher", "naive", "student", "baseline"]
 
@@ -112,7 +114,7 @@ def usual_size(entries: Sequence[Entry]) -> tuple[int, int]:
 def check_size(entries: Sequence[Entry], size: tuple[int, int]) -> None:
     """Raises InputError for a model that does not take (height, width) or its number of steps."""
     for entry in entries:
-        folder = ModelFolder.open(entry.model)
+        folder = entry.open()
         folder.latent_shape(size)
         folder.count_steps(entry.steps)
 
