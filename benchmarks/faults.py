@@ -17,6 +17,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -58,7 +59,7 @@ class Case:
     finish: Callable[[Path, int], str | None] = lambda _, __: None
     stdin: bytes = b""
     killed: bool = False
-    seconds: float = 90.0
+    seconds: float = 240.0
     needs: tuple[str, ...] = ()
 
 
@@ -77,6 +78,9 @@ class Result:
 
 def run_case(case: Case, world: Path, here: Path) -> Result:
     """Runs a command in a child, in a copy of what it needs of the world."""
+    for mounted in (here, here / "new"):
+        while mounted.is_mount():
+            subprocess.run(["umount", "-l", mounted], check=True)
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
     for part in case.needs:

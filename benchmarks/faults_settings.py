@@ -94,7 +94,7 @@ def _trained(draw: random.Random) -> list[Case]:
     return [
         Case(
             "recipe: trained", f"{key}={value}", ["distill", *SMALL, "name=other", f"{key}={value}"],
-            needs=("teacher", "cache", "pair", "files"), seconds=150,
+            needs=("teacher", "cache", "pair", "files"), seconds=300,
         )
         for key, value in pairs
     ]  # fmt: skip

@@ -196,6 +196,10 @@ def test_mistakes_are_found_before_anything_is_sent(student: Path, tmp_path: Pat
         hub.prepare(student, "me/model", licence="mit")
     with pytest.raises(ExportError, match="base_model: expected a model of the hub, OWNER/NAME"):
         export(str(student), "server", tmp_path / "x", ExportOptions(base_model="/there/teacher"))
+    arguments = ["export", "--model", str(student), "--to", "comfyui", "--out", str(tmp_path / "x")]
+    refused = CliRunner().invoke(app, [*arguments, "--push", "me/model"])
+    assert "push: comfyui is written without a card" in str(refused.exception)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_hub_that_refuses_is_quoted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -43,8 +44,13 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def demo(browser: Any) -> Iterator[Served]:
-    server = Served("--demo")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def demo(browser: Any, runs: Path) -> Iterator[Served]:
+    server = Served("--demo", "--runs", str(runs))
     yield server
     server.end()
 
@@ -65,7 +71,9 @@ class Visit:
         self.page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
         self.page.add_init_script(RECORD)
         self.page.goto(url)
-        self.page.wait_for_selector("#examples button")
+        self.page.wait_for_selector("#language:not(:empty)")
+        if not url.endswith("/runs"):
+            self.page.wait_for_selector("#examples button")
 
     def _note(self, message: Any) -> None:
         if message.type in ("error", "warning"):
@@ -195,3 +203,61 @@ def test_a_key_is_asked_for_and_used(browser: Any) -> None:
         visit.end()
     finally:
         server.end()
+
+
+def write_records(run: Path, turns: range) -> None:
+    """As a training writes them."""
+    with (run / "metrics.jsonl").open("a") as file:
+        for turn in turns:
+            record = {
+                "turn": turn, "loss": 1000.0 / turn**2, "critic/accuracy_final": 0.5 + 0.1 / turn,
+                "critic/accuracy_step1": 0.6, "latents/std": 1.0 + 0.01 * turn,
+            }  # fmt: skip
+            file.write(json.dumps(record) + "\n")
+
+
+def write_sheet(run: Path, turn: int) -> None:
+    gradient = np.indices((64, 96)).sum(0) * turn % 256
+    (run / "samples").mkdir(exist_ok=True)
+    picture = np.repeat(gradient[..., None], 3, axis=2).astype(np.uint8)
+    Image.fromarray(picture).save(run / "samples" / f"turn-{turn:07d}.png")
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_training_is_followed_live(
+    browser: Any, demo: Served, runs: Path, tmp_path: Path
+) -> None:
+    run = runs / "mine"
+    run.mkdir()
+    write_records(run, range(1, 21))
+    write_sheet(run, 10)
+    visit = Visit(browser, f"{demo.url}/runs", viewport={"width": 1280, "height": 900})
+    page = visit.page
+    page.wait_for_selector(".chart")
+    titles = page.locator(".chart figcaption").all_inner_texts()
+    assert titles == ["Critic accuracy", "Student's loss", "Spread of the latents"]
+    assert page.inner_text("#state") == "turn 20"
+    assert page.locator(".chart polyline").count() == 4
+    points = page.locator(".chart >> nth=2 >> polyline").get_attribute("points").split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(points) == 20
+    assert heights == sorted(heights, reverse=True)  # it grows
+    visit.until("document.getElementById('sheet').naturalWidth === 96")
+    assert page.inner_text("#turned") == "10"
+    # It goes on while the page is open.
+    write_sheet(run, 20)
+    write_records(run, range(21, 31))
+    visit.until("document.getElementById('state').textContent === 'turn 30'")
+    visit.until("document.getElementById('turned').textContent === '20'")
+    assert visit.shot("runs-desktop", tmp_path).std() > 10
+    page.locator("#turn").fill("0")
+    visit.until("document.getElementById('turned').textContent === '10'")
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.click("#theme")
+    page.click("#language")
+    assert page.locator(".chart figcaption").all_inner_texts()[1] == "学生损失"
+    assert page.inner_text("#state") == "第 30 轮"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    visit.shot("runs-phone-zh", tmp_path)
+    visit.end()

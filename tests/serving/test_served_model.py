@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from twostep.models.student import save_student
 from twostep.runtime.devices import Placement
 from twostep.runtime.images import to_bytes
 from twostep.serving.jobs import PictureSpec
+from twostep.serving.logs import JsonLines
 from twostep.serving.served_model import (
     HoldingOptions,
     ModelChoice,
@@ -149,6 +151,24 @@ def test_tokens_are_those_of_prompt_and_picture(tiny_folder: Path) -> None:
     assert found.text_tokens == len(embeds) == model.sampler.encoder.count_tokens(PROMPTS[0])
     assert found.image_tokens == (32 // 8) * (48 // 8)
     assert model.sampler.encoder.count_tokens("word " * 2000) == model.sampler.encoder.max_tokens
+
+
+def test_a_prompt_that_is_cut_is_counted_in_the_log_and_not_written_there(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = load(ModelChoice("s", str(tiny_folder), 1))["s"]
+    logger = logging.getLogger("twostep.serving")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger.name)
+    try:
+        model.first([PictureSpec("s", "confidential " * 400, 1, SIZE)])
+    finally:
+        logger.removeHandler(caplog.handler)
+    found = [each for each in caplog.records if each.getMessage() == "a prompt was cut"]
+    assert {each.facts["tokens"] > 400 for each in found} == {True}  # type: ignore[attr-defined]
+    said = capfd.readouterr()
+    for text in (said.out, said.err, *map(JsonLines().format, caplog.records)):
+        assert "confidential" not in text
 
 
 def test_equal_files_share_text_encoder_and_decoder(tiny_folder: Path, student: Path) -> None:

@@ -83,6 +83,7 @@ def export(
     quiet()
     if push is not None:
         hub.check_repo(push)
+        hub.check_has_card(to)
     options = registry.ExportOptions(
         teacher=teacher,
         rank=rank,

@@ -67,6 +67,9 @@ def serve(
     compiled: Annotated[
         bool, typer.Option("--compile", help="compile the models: a slow start, faster steps")
     ] = False,
+    runs: Annotated[
+        Path | None, typer.Option(help="a training's folder, or one of them, to show at /runs")
+    ] = None,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="write prompts into the log")
     ] = False,

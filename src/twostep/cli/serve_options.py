@@ -19,6 +19,7 @@ from twostep.runtime.devices import Placement
 from twostep.serving.app import AppOptions
 from twostep.serving.keys import Keys
 from twostep.serving.requests import Limits
+from twostep.serving.runs import RunReader
 from twostep.serving.served_model import HoldingOptions, ModelChoice
 from twostep.serving.server import ServerOptions
 
@@ -94,6 +95,7 @@ def read(given: Mapping[str, Any]) -> Asked:
             limits=limits,
             keys=Keys.read(given["api_keys"], os.environ),
             log_prompts=given["log_prompts"],
+            runs=check_runs(given["runs"]),
             drain_seconds=given["deadline"],
         ),
     )
@@ -106,6 +108,12 @@ def read(given: Mapping[str, Any]) -> Asked:
         replication=_replication(given),
         given=given,
     )
+
+
+def check_runs(folder: Path | None) -> Path | None:
+    """Raises InputError, naming --runs, if it is no folder."""
+    reader = RunReader.of(folder)
+    return None if reader is None else reader.folder
 
 
 def _replication(given: Mapping[str, Any]) -> Replication | None:

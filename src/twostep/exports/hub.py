@@ -18,6 +18,8 @@ from twostep.models.student import LORA_INDEX
 from twostep.runtime.checksums import verify, write_checksums
 from twostep.runtime.files import write_text
 
+# The kinds of exports that say what they are.
+WITH_CARD = ("diffusers", "server", "lora")
 # What stands beside a run's or an export's files and is nobody else's.
 _IGNORED = ["*.tmp", ".*", "__pycache__"]
 
@@ -30,6 +32,14 @@ def check_repo(repo: str) -> None:
         raise ExportError(f"push: {error}") from error
     if repo.count("/") != 1:
         raise ExportError(f"push: expected OWNER/NAME, got {repo!r}")
+
+
+def check_has_card(target: str) -> None:
+    """Raises ExportError if exports of the kind `target` are written without a card."""
+    if target not in WITH_CARD:
+        raise ExportError(
+            f"push: {target} is written without a card; expected --to {', '.join(WITH_CARD)}"
+        )
 
 
 def prepare(folder: Path, repo: str, *, licence: str | None = None) -> None:

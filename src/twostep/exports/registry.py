@@ -23,6 +23,7 @@ from twostep.exports.torch_program import export_programs
 from twostep.models.folder import ModelFolder
 from twostep.models.lora_files import LoraFile
 from twostep.models.student import PARTS, check_free, write_student
+from twostep.models.transformer import stored_dtype
 from twostep.runtime.checksums import verify, write_checksums
 from twostep.runtime.files import new_folder
 
@@ -158,7 +159,13 @@ def _folder(
     size = origin.size_for(student.space)
     card = student_card(out.name, schedule, origin, size=size, server=server)
     write_card(out, card, origin)
-    return []
+    dtype = options.dtype or stored_dtype(student.base / PARTS[0])
+    if student.kind != "lora_pair" or dtype == torch.float32:
+        return []
+    return [
+        f"the adapters are added to weights in {str(dtype).removeprefix('torch.')}, which rounds "
+        "what they change; --dtype float32 keeps it, and --to lora keeps it exactly"
+    ]
 
 
 def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:

@@ -240,17 +240,11 @@ class ModelFolder:
         return velocity
 
     def stored_transformer(self, part: str, dtype: torch.dtype | None = None) -> Any:
-        """A transformer as diffusers has it, LoRA files merged.
-
-        Args:
-            dtype: None: as it is stored.
-        """
-        kind, loras = self.family.transformer, list(self.loras)
-        stored = part
+        """A transformer as diffusers has it, LoRA files merged; `dtype` None: as it is stored."""
+        loras, stored = list(self.loras), part
         if self.kind == "lora_pair":
-            stored = PARTS[0]
-            loras.insert(0, self.step_file(part))
-        transformer = stored_transformer(self.base, stored, kind, dtype)
+            loras, stored = [self.step_file(part), *loras], PARTS[0]
+        transformer = stored_transformer(self.base, stored, self.family.transformer, dtype)
         add_loras(transformer, loras, self.family, self.base)
         check_finite(transformer, self.path / part)
         return transformer

@@ -119,27 +119,29 @@ class TensorFile:
         Raises:
             DamagedError: if there is no such tensor, or the file was cut since it was opened.
         """
-        if name not in self._places:
+        if name not in self._places or not self._places[name][1]:
             raise DamagedError(f"{self.path} holds no {name}")
         dtype, shape, offset = self._places[name]
         stop = shape[0] if stop is None else min(stop, shape[0])
         row = dtype.itemsize * _product(shape[1:])
-        count = max(0, stop - start)
-        content = self._read(self._start + offset + start * row, count * row)
-        if not count * row:
-            return torch.empty((count, *shape[1:]), dtype=dtype)
-        return torch.frombuffer(bytearray(content), dtype=dtype).view(count, *shape[1:])
+        found = torch.empty((max(0, stop - start), *shape[1:]), dtype=dtype)
+        if found.numel():
+            content = found.view(-1).view(torch.uint8).numpy().data
+            self._read_into(self._start + offset + start * row, content)
+        return found
 
     def _read(self, start: int, count: int) -> bytes:
-        parts: list[bytes] = []
+        content = bytearray(count)
+        self._read_into(start, memoryview(content))
+        return bytes(content)
+
+    def _read_into(self, start: int, content: memoryview) -> None:
         self._file.seek(start)
-        while count > 0:
-            part = self._file.read(count)
-            if not part:
+        while content:
+            count = self._file.readinto(content)
+            if not count:
                 raise DamagedError(f"{self.path} was cut short while it was in use")
-            parts.append(part)
-            count -= len(part)
-        return b"".join(parts)
+            content = content[count:]
 
 
 def _product(sizes: Sequence[int]) -> int:

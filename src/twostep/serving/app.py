@@ -24,6 +24,7 @@ from twostep.serving.jobs import Maker
 from twostep.serving.keys import Keys
 from twostep.serving.metrics import Metrics
 from twostep.serving.requests import Limits
+from twostep.serving.runs import RunReader, runs_api
 
 _PAGE = Path(__file__).with_name("page")
 # Nothing from other servers, and nothing inline.
@@ -37,6 +38,7 @@ class AppOptions:
 
     Attributes:
         hosts: names by which a server without keys answers; None for any.
+        runs: a run's folder, or one of them, whose trainings are shown at `/runs`.
         drain_seconds: for the pictures in line when it ends.
     """
 
@@ -44,6 +46,7 @@ class AppOptions:
     keys: Keys = field(default_factory=Keys)
     hosts: Collection[str] | None = None
     log_prompts: bool = False
+    runs: Path | None = None
     drain_seconds: float = 30.0
 
 
@@ -84,7 +87,7 @@ def create_app(
     )
     _add_models(app, catalogue)
     _add_state(app, engine, metrics)
-    _add_page(app)
+    _add_page(app, runs=options.runs)
     return Door(
         app,
         keys=options.keys,
@@ -130,7 +133,7 @@ def _add_state(app: FastAPI, engine: Maker, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_page(app: FastAPI) -> None:
+def _add_page(app: FastAPI, *, runs: Path | None) -> None:
     def answer(name: str) -> Response:
         path = _PAGE / name
         headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
@@ -141,6 +144,13 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return answer("index.html")
+
+    if reader := RunReader.of(runs):
+        app.include_router(runs_api(reader))
+
+        @app.get("/runs", include_in_schema=False)
+        async def runs_page() -> Response:
+            return answer("runs.html")
 
     @app.get("/page/{name}", include_in_schema=False)
     async def part(name: str) -> Response:

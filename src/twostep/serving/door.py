@@ -23,7 +23,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PICTURES = "/v1/images/generations"
 # Open to everybody: whether it runs, and a page that holds no secret.
-_PUBLIC = re.compile(r"/|/health|/ready|/page/[\w.-]+")
+_PUBLIC = re.compile(r"/|/runs|/health|/ready|/page/[\w.-]+")
 _ID = re.compile(r"[\w.-]{1,64}")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),

@@ -18,9 +18,12 @@ async function check(answer) {
   throw new Refused(answer.status, body.error, answer.headers.get("Retry-After"));
 }
 
+export async function ask(path, key) {
+  return check(await fetch(path, { headers: headers(key) }));
+}
+
 export async function listModels(key) {
-  const answer = await check(await fetch("/v1/models", { headers: headers(key) }));
-  return (await answer.json()).data;
+  return (await (await ask("/v1/models", key)).json()).data;
 }
 
 // Calls onEvent with each event of the stream; throws Refused, or what fetch throws.
