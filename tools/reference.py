@@ -28,8 +28,8 @@ LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 # Lowest first, as tests/whole/test_architecture.py holds them.
 ROOMS = (
     "method", "emoji", "zoo", "runtime", "recipe", "families", "models", "inference", "data",
-    "data/cache", "evaluation", "evaluation/report", "serving", "distill", "distill/objectives",
-    "exports", "planning", "cli",
+    "data/cache", "evaluation", "evaluation/report", "evaluation/benchmarks", "serving", "cards",
+    "distill", "distill/objectives", "exports", "voting", "planning", "cli",
 )  # fmt: skip
 BESIDE = {
     "recipes": "how the embedded models were made (recipes: `twostep recipes`)",

@@ -196,6 +196,41 @@ def style_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def carry_table(results: dict[str, Any]) -> str:
+    """One row per model of studies/style/carry.py."""
+    lines = [
+        "| | brightness of the frame | less teacher and LoRA at 8 steps, same scale | accuracy |",
+        "|---|---|---|---|",
+    ]
+    for name, figures in results["models"].items():
+        cells = [
+            f"{figures[key]['mean']:.3f} ± {figures[key]['interval']:.3f}"
+            for key in ("frame", "from_tuned", "accuracy")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; {results['held_out']} held-out prompts, ± half of a 95% interval over "
+        "them. The LoRA is that of the table above."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def small_weights_table(results: dict[str, Any]) -> str:
+    """One row per way to hold or write weights of benchmarks/small_weights.py."""
+    lines = ["| weights | picture, dB | lowest | size, of bf16's |", "|---|---|---|---|"]
+    for name, way in results["ways"].items():
+        lines.append(
+            f"| {name} | {way['decibels']:.1f} | {way['lowest']:.1f} | {way['of_bf16']:.2f} |"
+        )
+    note = (
+        f"`{results['command']}`, commit {results['commit']}, {results['machine']}, "
+        f"{results['date']}; {results['images']} pictures of {results['model']} against its own in "
+        "fp32, equal noise."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def serve_tables(results: dict[str, Any]) -> str:
     """Closed and open load of benchmarks/serve.py, then its faults."""
     cases, batch = results["cases"], results["batch"]
@@ -288,9 +323,11 @@ TABLES = {
     "generate": (INFERENCE, DOCS / "results" / "generate.json", generate_table),
     "compiled": (INFERENCE, DOCS / "results" / "generate-compiled.json", generate_table),
     "memory": (INFERENCE, MEMORY, memory_table),
+    "carry": (DOCS / "z-image.md", DOCS / "results" / "carry.json", carry_table),
     "kinds": (INFERENCE, MEMORY, kinds_table),
     "serve": (DOCS / "serving.md", DOCS / "results" / "serve.json", serve_tables),
     "student": (RESULTS, DOCS / "results" / "emoji-student.json", student_table),
+    "small-weights": (INFERENCE, DOCS / "results" / "small-weights.json", small_weights_table),
     "style": (DOCS / "z-image.md", DOCS / "results" / "style.json", style_table),
     "study": (RESULTS, ABLATION, study_facts),
     **{

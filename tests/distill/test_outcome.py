@@ -20,11 +20,9 @@ from twostep.data.cache.shards import CacheError
 from twostep.distill.checkpoint import Progress
 from twostep.distill.outcome import Diverged, Outcome, followed
 from twostep.errors import ExportError, ModelError
-from twostep.exports.card import origin_of, student_card
 from twostep.families.zimage import ZImageVelocity
 from twostep.inference.generate import PictureRequest, generate
 from twostep.inference.sampler import NotFiniteError, check_pictures
-from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
 from twostep.models.student import save_student
 from twostep.recipe.schema import Recipe
@@ -80,7 +78,12 @@ def test_a_diverged_run_ends_with_a_code_of_its_own(make_recipe: Make, tmp_path:
     said = json.loads((recipe.run_folder / "run.json").read_text())["outcome"]
     assert said["turns"] == 2
     assert said["diverged"]
-    card = student_card("x", Schedule.of(3.0), origin_of(student))
+    card = (student / "README.md").read_text(encoding="utf-8")
+    assert (
+        f'DiffusionPipeline.from_pretrained("{recipe.name}/student", trust_remote_code=True)'
+        in card
+    )
+    assert str(tmp_path) not in card
     assert "## What went wrong in training" in card
     assert said["diverged"][0] in card
 

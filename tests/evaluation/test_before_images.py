@@ -43,7 +43,7 @@ def test_an_evaluation_that_cannot_end_well_does_not_begin(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluation, "_make_all", lambda *_, **__: pytest.fail("images were made"))
+    monkeypatch.setattr(evaluation, "make_all", lambda *_, **__: pytest.fail("images were made"))
     monkeypatch.setattr(evaluation, "load_extractor", lambda name: name)
     entry = Entry("teacher", "teacher", str(tiny_folder), 4)
     usual = {"entries": [entry], "prompts": PROMPTS, "scores": [], "size": (32, 32)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImageTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -16,8 +16,9 @@ from tiny import random_transformer
 from twostep.cli import app
 from twostep.errors import InputError, ModelError
 from twostep.exports.combine import assemble, average
-from twostep.exports.comfyui import allows_fp16, to_comfyui, workflow
-from twostep.exports.lora import low_rank_difference, rank_for
+from twostep.exports.comfyui import allows_fp16, to_comfyui
+from twostep.exports.comfyui_workflow import laid_out, lora_workflow, workflow
+from twostep.exports.low_rank import low_rank_difference, rank_for
 from twostep.exports.registry import ExportOptions, export
 from twostep.families.family import PromptBatch
 from twostep.inference.pipeline import STANDALONE, TwoStepPipeline
@@ -66,7 +67,9 @@ def images(folder: Path) -> torch.Tensor:
 
 
 def test_comfyui_layout_is_read_back_by_diffusers(student: Path, tmp_path: Path) -> None:
-    assert export(str(student), "comfyui", tmp_path / "out") == []
+    lines = export(str(student), "comfyui", tmp_path / "out")
+    assert "ComfyUI will not recognise this model as Z-Image: dim is 64, expected 3840" in lines[0]
+    assert lines[1:] == ["models/diffusion_models: first.safetensors, second.safetensors"]
     for name, part in (("first", "transformer"), ("second", "transformer_2")):
         converted = load_file(tmp_path / "out" / f"{name}.safetensors")
         assert "layers.0.attention.qkv.weight" in converted
@@ -113,6 +116,48 @@ def test_comfyui_workflow_runs_the_two_steps() -> None:
     assert [levels[-1 - int(i * 1000 / 2)] for i in range(2)] == [1.0, pytest.approx(0.75)]
 
 
+def test_comfyui_workflow_of_two_loras_loads_one_transformer() -> None:
+    nodes = lora_workflow("base.safetensors", "a.safetensors", "b.safetensors", shift=3.0)
+    kinds = [node["class_type"] for node in nodes.values()]
+    assert kinds.count("UNETLoader") == 1
+    samplers = [n["inputs"] for n in nodes.values() if n["class_type"] == "KSamplerAdvanced"]
+    loras = [nodes[nodes[s["model"][0]]["inputs"]["model"][0]]["inputs"] for s in samplers]
+    assert [lora["lora_name"] for lora in loras] == ["a.safetensors", "b.safetensors"]
+    assert {nodes[lora["model"][0]]["class_type"] for lora in loras} == {"UNETLoader"}
+
+
+@pytest.mark.parametrize(
+    "nodes", [workflow("a", "b", shift=3.0), lora_workflow("c", "a", "b", shift=3.0)]
+)
+def test_comfyui_page_has_every_node_and_link_of_the_api(nodes: dict) -> None:
+    page = laid_out(nodes)
+    found = {str(node["id"]): node for node in page["nodes"]}
+    assert found.keys() == nodes.keys()
+    outputs: dict[int, tuple[int, str]] = {}
+    for node in page["nodes"]:
+        for slot in node["outputs"]:
+            outputs |= dict.fromkeys(slot["links"], (node["id"], slot["type"]))
+    for number, source, slot, target, place, of_type in page["links"]:
+        assert outputs[number] == (source, of_type)
+        inside = found[str(target)]["inputs"][place]
+        assert inside == {"name": inside["name"], "type": of_type, "link": number}
+        assert nodes[str(target)]["inputs"][inside["name"]] == [str(source), slot]
+    assert len(page["links"]) == sum(
+        isinstance(v, list) for n in nodes.values() for v in n["inputs"].values()
+    )
+    # Nothing lies on anything else, and every link goes to the right.
+    places = [(*node["pos"], *node["size"]) for node in page["nodes"]]
+    for i, (x, y, width, height) in enumerate(places):
+        for x2, y2, width2, height2 in places[:i]:
+            assert x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y
+    for _, source, _, target, *_ in page["links"]:
+        assert found[str(source)]["pos"][0] < found[str(target)]["pos"][0]
+    (first,) = [n for n in page["nodes"] if n["id"] == 9]
+    assert first["widgets_values"] == [
+        "enable", 0, "fixed", 2, 1.0, "euler", "simple", 0, 1, "enable"
+    ]  # fmt: skip
+
+
 def test_comfyui_warns_of_norms_that_rule_out_fp16() -> None:
     weights = {"layers.1.ffn_norm1.weight": torch.linspace(-1, 1, 64)}
     assert not allows_fp16(weights, layers=3)
@@ -140,10 +185,10 @@ def test_low_rank_difference_is_exact_at_full_rank_and_best_below() -> None:
     assert whole.rest == 0
     name = "layers.1.attention.to_q"
     difference = (student.get_submodule(name).weight - teacher.get_submodule(name).weight).detach()
-    a, b = (whole.weights[f"{name}.lora_{x}.weight"] for x in "AB")
+    a, b = whole.changes[name].down, whole.changes[name].up
     torch.testing.assert_close(b @ a, difference, atol=1e-5, rtol=1e-4)
     half = low_rank_difference(teacher, student, 2)
-    a, b = (half.weights[f"{name}.lora_{x}.weight"] for x in "AB")
+    a, b = half.changes[name].down, half.changes[name].up
     singular = torch.linalg.svdvals(difference)
     error = (b @ a - difference).square().sum()
     torch.testing.assert_close(error, singular[2:].square().sum(), atol=1e-6, rtol=1e-3)
@@ -181,42 +226,12 @@ def test_lora_export_compares_pictures_with_the_students(
     assert good[-1] in (tmp_path / "good" / "README.md").read_text(encoding="utf-8")
 
 
-def test_lora_card_runs_both_steps_with_stock_diffusers(
-    student: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "lora"
-    lines = export(str(student), "lora", out, ExportOptions(teacher=str(tiny_folder), rank=4))
-    assert all("keeps 100.0%" in line for line in lines)
-    card = (out / "README.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
-    assert "twostep" not in script
-    assert len([line for line in script.splitlines() if line.strip()]) <= 15
-    script = script.replace("height=1024, width=1024", "height=32, width=32, latents=noise")
-    script = script.replace("a red fox in the snow", "a dog").replace(
-        ").images[0]", ', output_type="latent").images'
-    )
-    script = script.replace("callback_on_step_end=next_step,\n", "callback_on_step_end=next_step")
-    monkeypatch.chdir(tmp_path)
-    names: dict = {"noise": NOISE.clone()}
-    exec(script, names)
-    torch.testing.assert_close(names["image"], images(student), atol=5e-3, rtol=5e-3)
-    stock = ZImagePipeline.from_pretrained(tiny_folder)
-    plain = stock(
-        "a dog", height=32, width=32, latents=NOISE.clone(), output_type="latent",
-        num_inference_steps=2, guidance_scale=0.0, sigmas=[1.0, 0.5],
-    ).images  # fmt: skip
-    assert (plain - names["image"]).abs().max() > 0.1
-
-
-def test_lora_card_names_a_folder_that_diffusers_can_open(tmp_path: Path) -> None:
-    export(
-        "zoo:emoji-student",
-        "lora",
-        tmp_path / "out",
-        ExportOptions(teacher="zoo:emoji-teacher", rank=1),
-    )
+def test_lora_card_finds_the_package_models_by_name(tmp_path: Path) -> None:
+    options = ExportOptions(teacher="zoo:emoji-teacher", rank=1)
+    export("zoo:emoji-student", "lora", tmp_path / "out", options)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f'from_pretrained("{zoo_folder("emoji-teacher")}")' in card
+    assert 'from_pretrained(zoo_folder("zoo:emoji-teacher"))' in card
+    assert str(zoo_folder("emoji-teacher")) not in card
 
 
 def test_lora_files_are_assembled_into_a_student_again(
@@ -306,7 +321,7 @@ def test_two_folders_make_a_student(student: Path, tiny_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("target", "teacher", "message"),
     [
-        ("gguf", None, "'gguf' is unknown; allowed: diffusers, lora, comfyui, torch"),
+        ("onnx", None, "'onnx' is unknown; allowed: diffusers, server, lora, comfyui, gguf, torch"),
         ("lora", None, "LoRA files belong to a model"),
     ],
 )

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tiny import random_transformer
+from twostep.cards.origin import Origin
 from twostep.errors import ModelError, UserError
 from twostep.evaluation.entries import list_entries
 from twostep.exports import registry
-from twostep.exports.card import origin_of
 from twostep.exports.combine import assemble
 from twostep.exports.registry import ExportOptions, export
 from twostep.inference.generate import PictureRequest, generate
@@ -52,7 +52,7 @@ def test_files_by_pattern_without_links_and_local_paths(student: Path) -> None:
     here = str(student.parents[2])
     for path in student.rglob("*.json"):
         assert here not in path.read_text(), path
-    assert origin_of(student)["recipe"] == (
+    assert Origin.of(student).recipe == (
         "name: mine\nteacher:\n  model: teacher\ndata:\n  prompts: p.txt\n  cache: a/b\n"
     )
 

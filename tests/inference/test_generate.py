@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from tiny import random_transformer
+from tiny import random_transformer, write_lora
 from twostep.cli import app
 from twostep.cli.arguments import parse_model, parse_size, read_prompts
 from twostep.errors import InputError, ModelError
@@ -21,6 +22,8 @@ from twostep.inference.generate import PictureRequest, generate
 from twostep.inference.pipeline import TwoStepPipeline
 from twostep.method.rollout import seeded_noise
 from twostep.method.schedule import Schedule
+from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import LoraFile
 from twostep.models.student import save_student
 from twostep.runtime.images import labelled_rows, tile, to_pil
 
@@ -40,6 +43,27 @@ def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def test_pictures_carry_parameters_as_others_read_them(student: Path, tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "style.safetensors")
+    request = PictureRequest(
+        str(student), ["a dog, two cats"], seed=7, size=(32, 48), loras=[LoraFile.open(lora, 0.8)]
+    )
+    (made,) = generate(request, tmp_path / "out")
+    with Image.open(made.path) as image:
+        text = image.info["parameters"]
+    prompt, line = text.split("\n")
+    assert prompt == "a dog, two cats <lora:style:0.8>"
+    # A1111's own pattern for a line of settings (infotext_utils.py).
+    found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line)
+    settings = dict(found)
+    tuned = ModelFolder.open(student).with_loras(request.loras)
+    assert settings["Model hash"] == tuned.fingerprint[:10]
+    assert settings["Lora hashes"] == f'"style: {request.loras[0].sha256[:12]}"'
+    wanted = {"Steps": "2", "Sampler": "Euler", "CFG scale": "1", "Seed": "7", "Size": "48x32"}
+    assert wanted.items() <= settings.items()
+    assert settings["Model"] == student.name
 
 
 def test_pictures_say_how_they_were_made(student: Path, tmp_path: Path) -> None:

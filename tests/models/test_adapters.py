@@ -227,6 +227,10 @@ def test_the_pair_the_merged_folder_and_the_trainers_rollout_are_one(
     for step in ("first", "second"):
         pair = [load_file(f / f"{step}.safetensors") for f in (folder, tmp_path / "again")]
         assert all(torch.equal(v, pair[1][k]) for k, v in pair[0].items())
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f'load_lora_weights("{folder.parent.name}/student", weight_name' in card
+    assert f'from_pretrained("{tiny_folder.name}")' in card
+    assert "height=32, width=32" in card
     with pytest.raises(ExportError, match="belongs to"):
         options = ExportOptions(teacher="zoo:emoji-teacher")
         export(str(folder), "lora", tmp_path / "other", options)
@@ -313,7 +317,7 @@ def test_adapters_start_from_the_lora_files_of_an_earlier_stage(
         state = backbone.module(step).state_dict()
         named = {"transformer." + k.replace("/", "."): v for k, v in state.items()}
         save_file(named, files / f"{step}.safetensors")
-    write_lora_index(files, teacher=str(tiny_folder), schedule=Schedule(3.0, 0.75))
+    write_lora_index(files, teacher=(str(tiny_folder), None), schedule=Schedule(3.0, 0.75))
     recipe = make_recipe(student=LORA | {"rank": 6, "init": str(files)})
     roles = build_roles(recipe, ModelFolder.open(tiny_folder), device=CPU)
     for step in ("first", "second"):

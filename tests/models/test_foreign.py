@@ -163,7 +163,7 @@ def test_broken_parts_end_in_a_sentence(tiny_folder: Path, tmp_path: Path) -> No
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     (folder / "text_encoder" / "model.safetensors").unlink()
     (folder / "vae" / "config.json").write_text(
-        '{"_class_name": "AutoencoderKL", "block_out_channels": 3}'
+        '{"_class_name": "AutoencoderKL", "block_out_channels": [3]}'
     )
     write_object(folder, "transformer/config.json", dim="wide")
     model, placement = ModelFolder.open(folder), Placement.on("cpu")

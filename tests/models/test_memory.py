@@ -245,5 +245,7 @@ def test_embedded_tiny_decoder_is_close_to_the_vae() -> None:
 
 
 def test_unknown_memory_is_named() -> None:
-    with pytest.raises(InputError, match="memory: expected one of plain, int8, offload, got 'fp4'"):
+    with pytest.raises(
+        InputError, match="memory: expected one of plain, int8, fp8, offload, got 'fp4'"
+    ):
         parse_memory("fp4")

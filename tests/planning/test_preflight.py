@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from twostep.cli import app
+from twostep.distill.objectives.build import build_roles
 from twostep.errors import UserError
 from twostep.families.zimage import ZImage
-from twostep.planning import places, preflight
+from twostep.models.folder import ModelFolder
+from twostep.planning import memory, places, preflight
 from twostep.planning.preflight import check_here, check_plan
+from twostep.planning.weightless import load_weightless
 from twostep.recipe.schema import Recipe
 
 Make = Callable[..., Recipe]
@@ -146,3 +150,31 @@ def test_every_command_begins_with_it(
     result = CliRunner().invoke(app, [*command, str(path), "data.height=63"])
     assert "height must be a positive multiple" in str(result.exception)
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_no_machine_of_this_size_holds(
+    make_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 tokens, 3 layers of width 64, two bytes a number: 6,144 for each sample of a turn."""
+    recipe = make_recipe(training={"batch_size": 8})
+    folder = ModelFolder.open(recipe.teacher.model)
+    with torch.device("meta"):
+        roles = build_roles(recipe, folder, device=torch.device("cpu"), load=load_weightless)
+    held, turn = memory.least_bytes(recipe, folder, roles, processes=1)
+    assert turn == 8 * 16 * 3 * 64 * 2
+    smaller = make_recipe(training={"batch_size": 8, "micro_batch": 2})
+    assert memory.least_bytes(smaller, folder, roles, processes=1) == (held, turn // 4)
+    monkeypatch.setattr(memory, "machine_bytes", lambda _: held + turn)
+    check_here(recipe)
+    monkeypatch.setattr(memory, "machine_bytes", lambda _: held + turn - 1)
+    check_here(recipe, teaching=True)
+    with pytest.raises(
+        UserError, match=r"^student\.weights, .* fake\.models: weights with what trains"
+    ):
+        check_here(recipe)
+    assert check_here(smaller) is None
+    monkeypatch.undo()
+    huge = make_recipe(training={"batch_size": 1_000_000, "validation_samples": 4})
+    with pytest.raises(UserError, match=r"^training\.batch_size: lower it, or set training\.micro"):
+        monkeypatch.setattr(memory, "machine_bytes", lambda _: held + 2**30)
+        check_here(huge)

@@ -48,7 +48,9 @@ def test_every_field_is_read() -> None:
     assert (asked.offer.steps, asked.size, asked.size_text) == (8, (16, 32), "32x16")
     assert (asked.as_url, asked.output_compression) == (True, 40)
     assert [spec.seed for spec in asked.specs()] == [MAX_SEED, MAX_SEED + 1, MAX_SEED + 2]
-    assert asked.facts(5) == {
+    facts = asked.facts(5)
+    assert facts.pop("parameters").startswith("一只猫\nSteps: 8, Sampler: Euler, ")
+    assert facts == {
         "prompt": "一只猫", "seed": "5", "steps": "8", "model": "t", "size": "32x16", "weights": "0123",
     }  # fmt: skip
 

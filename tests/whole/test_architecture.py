@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,8 @@ FLOORS = [
     ["inference"],
     ["data"],
     ["evaluation", "serving"],
-    ["distill", "exports"],
+    ["cards"],
+    ["distill", "exports", "voting"],
     ["planning"],
     ["cli"],
     # Paths that students' folders and cards name, for one release more.
@@ -81,8 +81,10 @@ def test_pipeline_needs_no_training_and_help_needs_no_torch() -> None:
 def test_nothing_is_unpickled() -> None:
     for path in MODULES:
         text = path.read_text()
-        # What a user may type, in a docstring and in a model card.
-        text = re.sub(r'from_pretrained\((FOLDER|"\{name\}"), trust_remote_code=True\)', "", text)
+        # What a user may type, in a docstring.
+        text = text.replace("from_pretrained(FOLDER, trust_remote_code=True)", "")
+        if path.match("cards/scripts.py"):  # what a card's reader copies
+            text = text.replace("trust_remote_code=True", "")
         if path.name == "features.py":  # a checksummed file of a package's own, tensors only
             text = text.replace('torch.load(path, map_location="cpu", weights_only=True)', "")
         for word in ("torch.load", "pickle", "trust_remote_code=True", "0.0.0.0"):

@@ -10,16 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.data.cache.build import open_cache
+from twostep.data.cache.read import TeacherCache
 from twostep.distill.soundness import UnsoundError, check
 from twostep.distill.trainer import Trainer
-from twostep.errors import InputError, ModelError
+from twostep.errors import InputError, ModelError, UserError
 from twostep.models.folder import ModelFolder
+from twostep.models.prompt_store import PromptStore
 from twostep.recipe.schema import Recipe
+from twostep.runtime import checksums
+from twostep.runtime.checked_tensors import DamagedError, load_checked
 
 FIRST = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -100,18 +105,48 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: (f / "manifest.json").write_text("[]"),
         "is not a manifest",
     ),
-    "run: best": ("run", lambda f: poison(f / "best/weights.safetensors"), "not finite"),
-    "run: best cut": ("run", lambda f: os.truncate(f / "best/weights.safetensors", 99), "cut short"),
+    "run: a bit of best": (
+        "run",
+        lambda f: flip(f / "best/weights.safetensors"),
+        "weights.safetensors is not as it was written",
+    ),
+    "run: a bit of a checkpoint": (
+        "run",
+        lambda f: flip(f / "checkpoints/turn-0000002/state.safetensors"),
+        "state.safetensors is not as it was written",
+    ),
+    "run: best of an earlier version": (
+        "run",
+        lambda f: ((f / "best/sums.json").unlink(), poison(f / "best/weights.safetensors")),
+        "not finite",
+    ),
+    "run: best cut": (
+        "run",
+        lambda f: os.truncate(f / "best/weights.safetensors", 99),
+        "not as it was written",
+    ),
+    "run: best gone": (
+        "run",
+        lambda f: (f / "best/weights.safetensors").unlink(),
+        r"weights\.safetensors is missing; sums\.json",
+    ),
+    "run: a pipe": (
+        "run",
+        lambda f: (
+            (f / "best/weights.safetensors").unlink(), os.mkfifo(f / "best/weights.safetensors"),
+        ),
+        "is no ordinary file",
+    ),
     "run: recipe": ("run", lambda f: (f / "recipe.yaml").write_text("a: [1"), "not valid YAML"),
     "run: state": (
         "run",
         lambda f: (f / "checkpoints/turn-0000002/state.json").write_text("{"),
-        "state.json cannot be read",
+        "state.json is not as it was written",
     ),
     "run: checkpoint": (
         "run",
         lambda f: os.truncate(f / "checkpoints/turn-0000002/state.safetensors", 4000),
-        "cut short",
+        "not as it was written",
     ),
     "run: its student": ("run", lambda f: flip(f / "student" / FIRST), "not as it was written"),
 }  # fmt: skip
@@ -138,9 +173,9 @@ VALUES: dict[str, tuple[str, dict[str, object], str]] = {
     "sigma 0": ("model_index.json", {"step2_sigma": 0}, "step2_sigma must be above 0 and below 1"),
     "sigma a word": ("model_index.json", {"step2_sigma": "x"}, "model_index.json"),
     "another step 2": ("transformer_2/config.json", {"n_layers": 1}, "transformers differ"),
-    "scaling 0": ("vae/config.json", {"scaling_factor": 0}, "scaling_factor must be a finite"),
+    "scaling 0": ("vae/config.json", {"scaling_factor": 0}, "scaling_factor must be a number"),
     "scaling nan": ("vae/config.json", {"scaling_factor": math.nan}, "scaling_factor must be"),
-    "shift -1": ("scheduler/scheduler_config.json", {"shift": -1.0}, "shift must be a finite"),
+    "shift -1": ("scheduler/scheduler_config.json", {"shift": -1.0}, "shift must be a number"),
     "shift a word": ("scheduler/scheduler_config.json", {"shift": "\x1b"}, r"got '\\x1b'"),
 }
 
@@ -187,3 +222,38 @@ def test_the_command(whole: Path, tmp_path: Path) -> None:
     flip(tmp_path / "copy" / FIRST)
     done = CliRunner().invoke(app, ["check", str(tmp_path / "copy")])
     assert isinstance(done.exception, UnsoundError)
+
+
+def test_a_cache_that_is_cut_while_it_is_read_is_a_sentence(whole: Path, tmp_path: Path) -> None:
+    """Mapped, it would be SIGBUS, and the end of the process."""
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    recipe = Recipe.load(whole / "run/recipe.yaml", [f"data.cache={tmp_path / 'cache'}"])
+    cache = open_cache(recipe)
+    sound = TeacherCache(open_cache(Recipe.load(whole / "run/recipe.yaml")).spec).read([0, 7])
+    first = cache.read([0, 7])
+    assert torch.equal(first.latents, sound.latents)
+    assert all(map(torch.equal, first.embeds, sound.embeds))
+    os.truncate(tmp_path / "cache/shard-00000.safetensors", 4096)
+    with pytest.raises(UserError, match=r"00000\.safetensors was cut short while it was in use"):
+        cache.read([0, 7])
+
+
+def test_flipped_bits_of_what_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A cached prompt is encoded anew and named; so are an evaluation's images."""
+    store = PromptStore(tmp_path, "encoder")
+    embeds = torch.arange(24, dtype=torch.bfloat16).view(4, 6)
+    store.write({"a dog": embeds})
+    assert torch.equal(store.read(["a dog"])["a dog"], embeds)
+    (path,) = tmp_path.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert store.read(["a dog"]) == {}
+    assert f"{path} is not as it was written" in capsys.readouterr().err
+    with pytest.raises(DamagedError, match="its checksum is another one"):
+        load_checked(path)
+    checksums.set_verifying(False)
+    try:
+        assert not torch.equal(store.read(["a dog"])["a dog"], embeds)
+    finally:
+        checksums.set_verifying(True)

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train
+from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train, vote
 from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
 from twostep.runtime.notices import notice
@@ -27,7 +27,8 @@ for command in (
     pictures.generate, pictures.compare,
     serve.serve,
     evaluate.evaluate,
-    export.export, export.assemble, export.average,
+    export.export, export.push, export.assemble, export.average,
+    vote.vote,
     demo.demo,
     recipes.recipes,
     check.check,
@@ -42,6 +43,17 @@ def main() -> None:
     0; 1 with a reason (training cannot go on, a disk refuses); 2 for what the user can mend; 130
     after Ctrl-C and 143 after SIGTERM.
     """
+    try:
+        _run()
+    except SystemExit as ended:
+        # Imported where several processes trained, and nowhere else in vain.
+        distributed = sys.modules.get("twostep.runtime.distributed")
+        if distributed is not None:
+            distributed.end_process(ended.code if isinstance(ended.code, int) else 0)
+        raise
+
+
+def _run() -> None:
     try:
         with ended_by_signals():
             app()

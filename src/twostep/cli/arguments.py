@@ -27,10 +27,15 @@ OverridesArgument = Annotated[
 SizeOption = Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:NUMBER or mps")]
 MemoryOption = Annotated[
-    str, typer.Option(help="weights: plain, int8 (half of bf16's), offload (a layer at a time)")
+    str,
+    typer.Option(help="weights: plain, int8 or fp8 (half of bf16's), offload (a layer at a time)"),
 ]
 DecoderOption = Annotated[
     str | None, typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id")
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(help="a LoRA file on the model, FILE or FILE:SCALE; may be repeated"),
 ]
 PromptCacheOption = Annotated[
     Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
@@ -82,6 +87,22 @@ def parse_memory(text: str) -> Memory:
         if text == mode:
             return mode
     raise InputError(f"memory: expected one of {', '.join(MODES)}, got {text!r}")
+
+
+def parse_dtype(text: str | None) -> torch.dtype | None:
+    """A type of weights.
+
+    Raises:
+        InputError: for one that is not known.
+    """
+    if text is None:
+        return None
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if text not in known:
+        raise InputError(f"--dtype: expected one of {', '.join(known)}, got {text!r}")
+    return known[text]
 
 
 def open_loras(texts: Sequence[str]) -> list[LoraFile]:

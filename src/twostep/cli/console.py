@@ -29,3 +29,6 @@ def quiet() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    # What they warn of in weights we refuse ourselves, in a line.
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()

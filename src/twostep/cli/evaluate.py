@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +20,10 @@ from twostep.cli.arguments import (
 )
 from twostep.cli.console import note, quiet, say
 from twostep.errors import InputError
+
+if TYPE_CHECKING:
+    from twostep.evaluation.entries import Entry
+    from twostep.inference.generate import SamplerOptions
 
 
 def evaluate(
@@ -44,13 +49,37 @@ def evaluate(
     steps: Annotated[
         int | None, typer.Option(min=1, help="steps of a model that is not a two-step student (8)")
     ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="somebody else's model beside ours, a row each: "
+            "NAME=MODEL[,steps=N][,sigmas=1:S][,lora=FILE[:SCALE]][,guidance=G]; may be repeated"
+        ),
+    ] = None,
     features: Annotated[
         list[str] | None,
-        typer.Option(help="inspector, efficientnet-lite0, ...; the first gives the main figures"),
+        typer.Option(
+            help="inspector, efficientnet-lite0, dinov2, clip, inception-v3-compat; the first "
+            "gives the main figures"
+        ),
     ] = None,
     scores: Annotated[
         list[str] | None,
         typer.Option(help="inspector, ocr, clip, or NAME=COMMAND of your own; may be repeated"),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="a benchmark's prompts, seeds and folders in place of figures of ours: geneval, "
+            "dpg, oneig, oneig-zh, longtext, longtext-zh or cvtg"
+        ),
+    ] = None,
+    official: Annotated[
+        str | None,
+        typer.Option(help="the preset's own scorer, a command with {images} (docs/evaluation.md)"),
+    ] = None,
+    first: Annotated[
+        int | None, typer.Option(min=1, help="of the preset's prompts, to try it")
     ] = None,
     size: SizeOption = "64",
     halves: Annotated[int, typer.Option(min=0, help="random halves behind each interval")] = 100,
@@ -63,34 +92,84 @@ def evaluate(
 
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep evaluate ...
     """
+    from twostep.distill.monitor import read_metrics
     from twostep.evaluation import entries
     from twostep.evaluation import evaluate as evaluation
+    from twostep.evaluation.baselines import parse_baseline, with_baselines
     from twostep.evaluation.prompts import PromptSet
     from twostep.inference.generate import SamplerOptions
     from twostep.runtime.processes import local_device
 
     quiet()
+    names = entries.short_names(model)
+    listed = entries.list_entries(reference, reference_steps, names, student_steps=steps)
+    listed = with_baselines(listed, [parse_baseline(text) for text in baseline or ()])
+    options = SamplerOptions(memory=parse_memory(memory), device=local_device(parse_device(device)))
+    if preset is not None:
+        for option, given in (("prompts", prompts != "emoji"), ("features", features),
+                              ("scores", scores)):  # fmt: skip
+            if given:
+                raise InputError(f"--{option}: a --preset has its own prompts and its own scorer")
+        _benchmark(
+            preset, [e for e in listed if e.kind != "naive"], out,
+            official=official, size=parse_size(size), seed=seed, first=first, options=options,
+        )  # fmt: skip
+        return
+    if official is not None or first is not None:
+        option = "--official" if official is not None else "--first"
+        raise InputError(f"{option}: is for a --preset")
     is_emoji = prompts == "emoji"
     try:
         prompt_set = PromptSet.load(prompts, images, seeds, seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    names = entries.short_names(model)
     request = evaluation.EvaluationRequest(
-        entries=entries.list_entries(reference, reference_steps, names, student_steps=steps),
+        entries=listed,
         prompts=prompt_set,
         features=features or (["inspector"] if is_emoji else ["efficientnet-lite0"]),
         scores=scores if scores is not None else (["inspector"] if is_emoji else []),
         halves=halves,
         size=parse_size(size),
-        options=SamplerOptions(
-            memory=parse_memory(memory), device=local_device(parse_device(device))
-        ),
+        options=options,
     )
     comparison = evaluation.evaluate(request, out / "images")
     if comparison is None:  # another process judges
         return
     path = out / "metrics.json"
-    comparison.write(path, {"command": shlex.join(["twostep", *sys.argv[1:]])})
+    facts = {"command": shlex.join(["twostep", *sys.argv[1:]])}
+    trained = Path(model[0])  # a student lies in its run's folder
+    curves = read_metrics(trained.parent) if trained.is_dir() else []
+    comparison.write(path, facts, curves=curves)
     note(f"[bold]{comparison.verdict}[/]")
     say(f"report: {path.with_name('report.html')}\n        {path}")
+
+
+def _benchmark(
+    name: str,
+    listed: Sequence[Entry],
+    out: Path,
+    *,
+    official: str | None,
+    size: tuple[int, int],
+    seed: int,
+    first: int | None,
+    options: SamplerOptions,
+) -> None:
+    """The models' pictures for a benchmark, and its scorer where one is configured."""
+    from twostep.evaluation.benchmarks.official_scorer import OfficialScorer
+    from twostep.evaluation.benchmarks.presets import find_preset
+    from twostep.evaluation.benchmarks.run import BenchmarkRequest, as_text, run_benchmark
+
+    preset = find_preset(name)
+    scorer = None if official is None else OfficialScorer.parse(official)
+    note(f"{preset.title}, {preset.source.url}: licence {preset.licence}")
+    result = run_benchmark(
+        BenchmarkRequest(
+            preset=preset, entries=listed, size=size, seed=seed, first=first, scorer=scorer,
+            options=options,
+        ),
+        out,
+    )  # fmt: skip
+    if result is not None:
+        say(as_text(result))
+        say(f"all of it: {out / preset.name / 'benchmark.json'}")

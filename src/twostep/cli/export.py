@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from twostep.cli.arguments import NewFolderOption, SizeOption, parse_size, read_prompts
+from twostep.cli.arguments import (
+    LoraOption,
+    NewFolderOption,
+    SizeOption,
+    open_loras,
+    parse_dtype,
+    parse_size,
+    read_prompts,
+)
 from twostep.cli.console import quiet, say
+
+LicenceOption = Annotated[
+    str | None,
+    typer.Option("--license", help="for the hub: in place of the teacher's own, e.g. apache-2.0"),
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="on the hub, for yourself alone")]
 
 
 def export(
     model: Annotated[str, typer.Option(help="a two-step student: a folder, zoo:NAME or a hub id")],
-    to: Annotated[str, typer.Option(help="diffusers, lora, comfyui or torch (torch.export)")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="diffusers, server (vLLM-Omni, SGLang), lora, comfyui, gguf or torch "
+            "(torch.export)"
+        ),
+    ],
     out: NewFolderOption,
     teacher: Annotated[
         str | None, typer.Option(help="for lora: the model the files belong to")
@@ -27,35 +48,84 @@ def export(
         typer.Option(help="for lora: a file of prompts to compare the pictures on"),
     ] = None,
     size: SizeOption = "64",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of the weights: float32, bfloat16 or float16; as stored without it"),
+    ] = None,
+    lora: LoraOption = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="the blocks' matrices: fp8 or int8 for comfyui, q8_0 or q4_k for gguf"),
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="for comfyui: whole transformers of two LoRA files")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="for torch")] = 1,
     caption_tokens: Annotated[
         int, typer.Option(min=1, help="for torch: captions are padded to this multiple of 32")
     ] = 64,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="the teacher's name on the hub, where the student says another"),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="OWNER/NAME: upload it to the Hugging Face hub, too")
+    ] = None,
+    licence: LicenceOption = None,
+    private: PrivateOption = False,
 ) -> None:
     """Write a student in a format that others read.
 
     Example: twostep export --model runs/x/student --to comfyui --out exported
     """
-    from twostep.exports import registry
+    from twostep.exports import hub, registry
 
     quiet()
+    if push is not None:
+        hub.check_repo(push)
+        hub.check_has_card(to)
     options = registry.ExportOptions(
         teacher=teacher,
         rank=rank,
         energy=energy,
         check=() if check is None else read_prompts((), check, option="--check"),
+        base_model=base_model,
         size=parse_size(size),
         batch_size=batch_size,
         caption_tokens=caption_tokens,
+        dtype=parse_dtype(dtype),
+        loras=open_loras(lora or ()),
+        weights=weights,
+        merged=merged,
     )
     for line in registry.export(model, to, out, options):
         say(line)
     say(f"written: {out}")
+    if push is not None:
+        hub.prepare(out, push, licence=licence)
+        say(f"uploaded: {hub.push(out, push, private=private)}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="a run's student, or what an export wrote")],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    licence: LicenceOption = None,
+    private: PrivateOption = False,
+) -> None:
+    """Upload a student's folder to the Hugging Face hub; its card is made for the new place.
+
+    Example: twostep push runs/x/student me/my-two-step --license apache-2.0
+    """
+    from twostep.exports import hub
+
+    quiet()
+    hub.prepare(folder, name, licence=licence)
+    say(f"uploaded: {hub.push(folder, name, private=private)}")
 
 
 def assemble(
     teacher: Annotated[str, typer.Option(help="gives everything but the transformers")],
-    first: Annotated[str, typer.Option(help="a transformer's folder, or a LoRA file")],
+    first: Annotated[str, typer.Option(help="a folder, a whole transformer in a file, or a LoRA")],
     second: Annotated[str, typer.Option(help="the same, for the second step")],
     out: NewFolderOption,
 ) -> None:

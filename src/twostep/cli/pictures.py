@@ -11,6 +11,7 @@ import typer
 from twostep.cli.arguments import (
     DecoderOption,
     DeviceOption,
+    LoraOption,
     MemoryOption,
     PromptCacheOption,
     SizeOption,
@@ -54,10 +55,7 @@ def generate(
     memory: MemoryOption = "plain",
     decoder: DecoderOption = None,
     prompt_cache: PromptCacheOption = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(help="a LoRA file on the model, FILE or FILE:SCALE; may be repeated"),
-    ] = None,
+    lora: LoraOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Make pictures with a teacher or a student. Those already there are not made again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +54,37 @@ class ExternalReals:
             latents.append(decoder.encode(torch.stack(images)).cpu())
         self.latents = torch.cat(latents)
         self.embeds: list[Tensor] | None = None
+        self._of_caption: dict[str, list[int]] = {}
+        for place, caption in enumerate(captions or ()):
+            self._of_caption.setdefault(caption, []).append(place)
         if captions is not None:
             encoder = teacher.encoder(placement, cache_size=0)
             self.embeds = [e.cpu() for e in encoder.encode(captions)]
 
-    def draw(self, number: int, count: int, *, seed: int) -> tuple[Tensor, list[Tensor] | None]:
-        """Latents (count, C, H, W) and their captions' embeddings, for batch `number` of a run."""
+    def draw(
+        self,
+        number: int,
+        count: int,
+        *,
+        seed: int,
+        rows: slice | None = None,
+        shown: Sequence[str] | None = None,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Latents (count, C, H, W) and their captions' embeddings, for batch `number` of a run.
+
+        Args:
+            count: of the whole batch.
+            rows: those of it that are wanted; all if None.
+            shown: the prompt of each wanted row, which its image is to show if any does.
+        """
         generator = rng(seed, Stream.EXTERNAL_REALS, number)
-        picks = generator.integers(len(self.latents), size=count)
+        picks = generator.integers(len(self.latents), size=count)[rows or slice(None)].tolist()
+        for row, prompt in enumerate(shown or ()):
+            fitting = self._of_caption.get(prompt)
+            if fitting:
+                picks[row] = fitting[picks[row] % len(fitting)]
         embeds = None if self.embeds is None else [self.embeds[i] for i in picks]
-        return self.latents[torch.from_numpy(picks)], embeds
+        return self.latents[picks], embeds
 
 
 def check_reals(folder: Path) -> None:

@@ -70,6 +70,7 @@ class Batches:
         self.cache, self.device = cache, device
         self.order = order_of(recipe, cache)
         self.reals: dict[tuple[int, ...], ExternalReals] = {}
+        self.pairs_by_prompt = recipe.critic.paired
         if recipe.data.reals != "teacher":
             placement = Placement(device, getattr(torch, recipe.teacher.dtype))
             for size in recipe.data.sizes:
@@ -89,10 +90,12 @@ class Batches:
         prompts = PromptBatch.collate(samples.embeds, self.device)
         reals, real_prompts = latents, prompts
         if self.reals:
-            drawn, embeds = self.reals[latents.shape[1:]].draw(number, self.size, seed=self.seed)
-            reals = drawn[rows].to(self.device)
+            external = self.reals[latents.shape[1:]]
+            shown = samples.prompts if self.pairs_by_prompt else None
+            reals, embeds = external.draw(number, self.size, seed=self.seed, rows=rows, shown=shown)
+            reals = reals.to(self.device)
             if embeds is not None:
-                real_prompts = PromptBatch.collate(embeds[rows], self.device)
+                real_prompts = PromptBatch.collate(embeds, self.device)
         trajectory = samples.trajectory
         return Batch(
             noise=samples.noise.to(self.device),

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
+from twostep.cards.card import lora_card, student_card, write_card
+from twostep.cards.origin import Origin
 from twostep.data.cache.spec import CacheSpec
 from twostep.distill.checkpoint import CheckpointError, TrainingState
 from twostep.distill.objectives.roles import Roles
 from twostep.distill.run_folder import RunFolder
-from twostep.distill.tensor_files import load_tensors, save_folder
-from twostep.models.student import write_lora_pair, write_student
+from twostep.distill.tensor_files import check_whole, load_tensors, save_folder
+from twostep.models.lora_files import rank_of
+from twostep.models.student import LORA_INDEX, STEPS, write_lora_pair, write_student
 from twostep.models.transformer import whole_transformer
 from twostep.runtime.distributed import World
 from twostep.runtime.notices import notice
@@ -47,6 +51,7 @@ class BestStudent:
         """
         if self.folder.best.is_dir():
             try:
+                check_whole(self.folder.best)
                 load_tensors(self._average(), self.folder.best)
             except Exception as error:
                 raise CheckpointError(
@@ -63,11 +68,24 @@ class BestStudent:
                 write_lora_pair(
                     self.folder.student,
                     [role.lora() for role in steps if role.lora is not None],
-                    teacher=spec.teacher.lasting_name,
+                    teacher=spec.teacher.public_name(),
                     schedule=spec.schedule,
                 )
         self.world.wait()
         return self.folder.student
+
+    def describe(self, spec: CacheSpec) -> None:
+        """Writes the student's card, once the run's outcome is known; on the first process."""
+        folder = self.folder.student
+        name = f"{self.folder.path.name}/{folder.name}"
+        origin = Origin.of(folder, teacher=spec.teacher.name, base=spec.teacher.base)
+        size = origin.size_for(spec.teacher.space)
+        if (folder / LORA_INDEX).is_file():
+            rank = rank_of(load_file(folder / f"{STEPS[0]}.safetensors"))
+            card = lora_card(name, spec.schedule, origin, rank=rank, size=size)
+        else:
+            card = student_card(name, spec.schedule, origin, size=size)
+        write_card(folder, card, origin)
 
     def _write_whole(self, spec: CacheSpec) -> None:
         steps = self._steps()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from twostep.distill.ema import Ema
 from twostep.distill.optimizers import make_states
 from twostep.distill.tensor_files import (
+    check_whole,
     load_tensors,
     save_folder,
     save_in_background,
@@ -24,8 +25,9 @@ from twostep.distill.tensor_files import (
     stored_names,
 )
 from twostep.errors import UserError
+from twostep.runtime.checksums import write_sums
 from twostep.runtime.distributed import World
-from twostep.runtime.files import make_folder, writing
+from twostep.runtime.files import let_read, make_folder, writing
 
 # 2: networks without a wrapper around them, random numbers in named streams.
 # 3: a fitted score lies beside the checkpoints, not in each.
@@ -99,9 +101,11 @@ class _Writing:
         return self.future is None or self.future.done()
 
     def commit(self) -> None:
+        write_sums(self.temporary)
         for path in (*self.temporary.iterdir(), self.temporary):
             _sync(path)
         shutil.rmtree(self.target, ignore_errors=True)
+        let_read(self.temporary)
         os.replace(self.temporary, self.target)
         for old in list_checkpoints(self.target.parent)[: -self.keep]:
             shutil.rmtree(old)
@@ -213,6 +217,7 @@ class TrainingState:
             CheckpointError: if it is damaged or belongs to another recipe.
         """
         try:
+            check_whole(checkpoint)
             record = json.loads((checkpoint / "state.json").read_text())
             if record.get("version", 1) != VERSION:
                 raise ValueError(
@@ -221,6 +226,7 @@ class TrainingState:
                     "version that began it, or begin a new one"
                 )
             for name in record["frozen"]:
+                check_whole(frozen / name)
                 load_tensors(self.modules[name].state_dict(), frozen / name)
                 self._leave_out(name)
             names = stored_names(checkpoint)
@@ -247,6 +253,8 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: if its record cannot be read.
     """
     path = checkpoint / "state.json"
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no ordinary file")
     try:
         facts = json.loads(path.read_text(encoding="utf-8")).get("facts", {})
     except (OSError, ValueError, AttributeError, RecursionError) as error:

@@ -131,8 +131,10 @@ class Learner:
         return {key: float(value) for key, value in logged.items()} | self._skipped()
 
     def set_rates(self) -> None:
-        """The learning rates of the next turn."""
+        """The learning rates of the next turn, and the critic's factor."""
         progress = self.progress
+        begin, end = self.recipe.critic.weight_over_run
+        self.objectives.student.critic_factor = begin + (end - begin) * self.share_done
         now = rates(
             self.recipe,
             turn=progress.turn,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from twostep.runtime.files import write_text, writing
+from twostep.runtime.files import WriteError, write_text, writing
 
 # Bounds outside which a run is in trouble, and what to try (docs/method.md, failure modes).
 _ALARMS = {
@@ -70,7 +70,7 @@ class Monitor:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All records of a run, oldest first."""
     path = folder / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return []
     return [record for _, record in _records(path)]
 
@@ -88,6 +88,8 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _forget_after(path: Path, turn: int) -> None:
     """A run that goes on from `turn` will write later records again."""
+    if path.exists() and not path.is_file():
+        raise WriteError(f"{path} is no ordinary file; remove it")
     if path.exists():
         kept = [line for line, record in _records(path) if record["turn"] <= turn]
         write_text(path, "".join(f"{line}\n" for line in kept))

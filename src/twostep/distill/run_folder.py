@@ -145,6 +145,8 @@ class RunFolder:
 
     def is_ours(self) -> bool:
         """Whether `describe` wrote here."""
+        if not (self.path / "run.json").is_file():
+            return False
         try:
             said = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             return "twostep" in said["versions"] and self.recipe.is_file()

@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 from twostep.data.cache.shards import checksum
 from twostep.distill.monitor import read_metrics
 from twostep.distill.run_folder import RunFolder
+from twostep.distill.tensor_files import check_whole
 from twostep.errors import InputError, UserError
 from twostep.models.folder import ModelFolder
 from twostep.models.foreign import check_header
 from twostep.recipe.schema import Recipe
-from twostep.runtime.checksums import verify
+from twostep.runtime.checksums import SumsError, verify
 
 
 class UnsoundError(UserError):
@@ -38,7 +39,7 @@ def check(folder: Path) -> list[str]:
         ("run.json", _run),
     )
     for name, look in kinds:
-        if (folder / name).exists():
+        if (folder / name).is_file():
             return look(folder)
     raise InputError(
         f"folder: {folder} holds no model (model_index.json, twostep.json), no finished cache "
@@ -92,6 +93,11 @@ def _run(folder: Path) -> list[str]:
     parts = [run.best, *(sorted(run.frozen.iterdir()) if run.frozen.is_dir() else ())]
     parts += sorted(run.checkpoints.glob("[ft]*-*")) if run.checkpoints.is_dir() else []
     for part in parts:
+        try:
+            check_whole(part)
+        except SumsError as error:
+            faults.append(str(error))
+            continue
         for path in sorted(part.glob("*.safetensors")):
             if (fault := _tensors(path)) is not None:
                 faults.append(fault)

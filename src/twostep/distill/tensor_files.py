@@ -17,9 +17,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
+from twostep.runtime.checksums import SumsError, check_sums, write_sums
 from twostep.runtime.distributed import World
 from twostep.runtime.files import make_folder, replace_folder, writing
+from twostep.runtime.processes import Share
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str, world: World) -> None:
@@ -66,17 +69,35 @@ def save_folder(tensors: Mapping[str, Tensor], folder: Path, world: World) -> No
     with writing(folder):
         save_tensors(tensors, temporary, "weights.safetensors", world)
         if world.is_first:
+            write_sums(temporary)
             replace_folder(temporary, folder)
     world.wait()
 
 
+def check_whole(folder: Path) -> None:
+    """Raises SumsError if a file of a folder is not as it was written; one process looks."""
+    if Share.here().is_first:
+        for path in folder.iterdir():
+            if path.exists() and not path.is_file():
+                raise SumsError(f"{path} is no ordinary file")
+        check_sums(folder)
+
+
 def load_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Fills `tensors` in place from what `save_tensors` wrote."""
+    """Fills `tensors` in place from what `save_tensors` wrote, which `check_whole` looked at.
+
+    Raises:
+        ValueError: if the files do not hold these tensors, in the words of torch's reader.
+    """
     with warnings.catch_warnings():
         # Alone it says that no process group is there; that is meant.
         warnings.simplefilter("ignore", UserWarning)
         state = {key: value.detach() for key, value in tensors.items()}
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        try:
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        except CheckpointException as error:  # no Exception, and a traceback in its text
+            said = "; ".join(str(failed[0]) for failed in error.failures.values())
+            raise ValueError(said[:300]) from error
 
 
 def stored_names(folder: Path) -> set[str]:

@@ -97,6 +97,7 @@ class Trainer:
                 student = checkup.best.export(self.cache.spec)
                 if self.world.is_first:
                     self.folder.end(self.outcome.as_dict())
+                    checkup.best.describe(self.cache.spec)
             return student
         finally:
             self.world.leave()

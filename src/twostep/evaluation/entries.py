@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 
 from twostep.errors import InputError
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import LoraFile
 
-Kind = Literal["teacher", "naive", "student"]
+Kind = Literal["teacher", "naive", "student", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,15 @@ class Entry:
     """A model that is compared, or a student's step-1 preview.
 
     Attributes:
-        kind: `naive` is the teacher's weights at two steps.
+        kind: `naive` is the teacher's weights at two steps, `baseline` somebody else's model.
         name: short, of the figures: `teacher`, `naive`, `student`, a run's name.
         model: a folder, `zoo:NAME` or a hub id.
         steps: Euler steps; None for a two-step student.
         guidance_scale: 0 is none.
         reference: starts from the reference set's own noise.
         preview: stands for what the student's step 1 points to.
+        loras: added to the model's weights.
+        sigmas: noise levels of its steps, from 1 to above 0, in place of its own schedule's.
     """
 
     kind: Kind
@@ -34,6 +37,17 @@ class Entry:
     guidance_scale: float = 0.0
     reference: bool = False
     preview: bool = False
+    loras: tuple[LoraFile, ...] = ()
+    sigmas: tuple[float, ...] | None = None
+
+    def open(self) -> ModelFolder:
+        """Its folder, LoRA files among its weights; nothing is loaded.
+
+        Raises:
+            ModelError: if it is missing, or a LoRA does not fit.
+        """
+        folder = ModelFolder.open(self.model)
+        return folder.with_loras(self.loras) if self.loras else folder
 
     @property
     def key(self) -> str:

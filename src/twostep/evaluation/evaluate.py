@@ -15,23 +15,26 @@ from torch import Tensor
 from twostep.evaluation.entries import Entry
 from twostep.evaluation.features import Extractor, load_extractor
 from twostep.evaluation.figures import AlignedSets, Measured, figures, intervals, nested
-from twostep.evaluation.image_store import ImageStore, make_images
+from twostep.evaluation.image_store import PART, ImageStore, make_images
 from twostep.evaluation.latency import measure_latency
+from twostep.evaluation.picture_index import write_index
 from twostep.evaluation.prompts import PromptSet
-from twostep.evaluation.report.page import Pair, write_report
+from twostep.evaluation.report.page import write_report
+from twostep.evaluation.report.pictures import PictureGroup
+from twostep.evaluation.report.votes import read_votes
 from twostep.evaluation.report.words import verdict
 from twostep.evaluation.scorers import check_scorer, load_scorer
+from twostep.evaluation.worst import worst_pictures
 from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
-from twostep.models.folder import ModelFolder
 from twostep.runtime.files import make_folder, sweep, write_json
 from twostep.runtime.images import pictures_at_once
 from twostep.runtime.processes import Share, beat, end_beats, wait_for
 from twostep.runtime.progress import progress_bar
 from twostep.runtime.provenance import stamp
 
-# How many columns the report's pictures have, and how many pairs it shows of each kind.
-_SHOWN, _PAIRS = 12, 8
+# How many columns the report's pictures have.
+_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +73,15 @@ class Comparison:
         figures: as in `metrics.json`.
         panels: the first pictures of each row, (K, 3, H, W), by label.
         captions: K prompts.
-        pairs: a student's images beside the teacher's of the same noise.
+        seeds: K, of the noise.
+        groups: the first student's worst pictures, by figure.
     """
 
     figures: dict[str, Any]
     panels: dict[str, Tensor]
     captions: list[str]
-    pairs: list[Pair]
+    seeds: list[int]
+    groups: list[PictureGroup]
 
     @property
     def verdict(self) -> str:
@@ -102,7 +107,7 @@ class Comparison:
         write_json(path, report)
         write_report(
             path.parent, report, panels=self.panels, captions=self.captions, curves=curves,
-            title=title, pairs=self.pairs,
+            title=title, groups=self.groups, seeds=self.seeds, votes=read_votes(path),
         )  # fmt: skip
 
 
@@ -124,7 +129,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     for name in request.scores:
         check_scorer(name, scenes=request.prompts.scenes is not None)
     for entry in request.entries:
-        folder_of = ModelFolder.open(entry.model)
+        folder_of = entry.open()
         folder_of.latent_shape(request.size)
         folder_of.count_steps(entry.steps)
     make_folder(folder)
@@ -141,7 +146,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         for entry in (*request.entries, others)
     ]
     share = Share.here()
-    _make_all(stores, request.options, share=share)
+    make_all(stores, request.options, share=share)
     if not share.is_first:
         return None
     wait_for(
@@ -155,6 +160,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         folder=folder,
     )
     end_beats(folder)
+    write_index(folder, stores, PART)
 
     console = Console(stderr=True)
     console.print("judging", highlight=False)
@@ -195,19 +201,23 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         },
         panels={entry.label: images[:shown] for entry, images in pictures.items()},
         captions=prompts.captions[:shown],
-        pairs=_pairs(request, aligned[main], pictures),
+        seeds=prompts.noise_seeds()[:shown],
+        groups=worst_pictures(
+            aligned[main], request.entries, prompts, pictures=pictures, reference=reference
+        ),
     )
 
 
-def _make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
-    loaded: dict[str, Sampler] = {}
+def make_all(stores: Sequence[ImageStore], options: SamplerOptions, *, share: Share) -> None:
+    """Makes what is missing of all stores, this process's share, one model in memory at a time."""
+    loaded: dict[object, Sampler] = {}
 
     def load(store: ImageStore) -> Sampler:
-        model = store.entry.model
-        if model not in loaded:
+        weights = store.entry.model, store.entry.loras
+        if weights not in loaded:
             loaded.clear()  # one model in memory at a time
-            loaded[model] = options.load(ModelFolder.open(model), store.prompts.prompts)
-        return loaded[model]
+            loaded[weights] = options.load(store.entry.open(), store.prompts.prompts)
+        return loaded[weights]
 
     # Stores of one model in a row, so that it is loaded once.
     for store in sorted(stores, key=lambda s: s.entry.model):
@@ -275,30 +285,15 @@ def _time(request: EvaluationRequest) -> dict[str, dict[str, Any]]:
     count = min(request.timed, len(prompts), pictures_at_once(*request.size))
     result = {}
     for entry in request.entries:
-        sampler = request.options.load(ModelFolder.open(entry.model), [])
+        sampler = request.options.load(entry.open(), [])
         noise = prompts.noise(slice(0, count), sampler.noise_shape(*request.size))
-        latency = measure_latency(sampler, prompts.captions[:count], noise, steps=entry.steps)
+        latency = measure_latency(
+            sampler,
+            prompts.captions[:count],
+            noise,
+            steps=entry.steps,
+            guidance_scale=entry.guidance_scale,
+            sigmas=entry.sigmas,
+        )
         result[entry.key] = {"seconds_per_image": latency.total, "latency": latency.as_dict()}
     return result
-
-
-def _pairs(
-    request: EvaluationRequest, aligned: AlignedSets, pictures: Mapping[Entry, Tensor]
-) -> list[Pair]:
-    """The first student's images furthest from and closest to the teacher's of the same noise."""
-    student = next((e for e in request.entries if e.kind == "student"), None)
-    if student is None:
-        return []
-    apart = aligned.sets[student.key].features - aligned.teacher.features
-    order = apart.norm(dim=1).argsort(descending=True).tolist()
-    count = min(_PAIRS, len(order) // 2)
-    return [
-        Pair(
-            kind=kind,
-            caption=request.prompts.captions[row],
-            teacher=pictures[request.teacher][row],
-            student=pictures[student][row],
-        )
-        for kind, rows in (("furthest apart", order[:count]), ("closest", order[-count:][::-1]))
-        for row in rows
-    ]

@@ -20,13 +20,19 @@ from twostep.errors import UserError, missing_extra
 from twostep.runtime.images import to_bytes
 from twostep.zoo import ZOO
 
-# Through torch-fidelity, which fetches the weights. The first is what "FID" is measured with.
-_FIDELITY = {
-    "inception-v3-compat": "2048",
-    "dinov2-vit-b-14": "dinov2",
-    "clip-vit-b-32": "clip",
+# Through torch-fidelity, which fetches the weights: what "FID" is measured with.
+_FIDELITY = {"inception-v3-compat": "2048"}
+# Through transformers, from the hub or a folder (`dinov2=FOLDER`): the sizes that distances are
+# published with (arXiv 2306.04675, 2401.09603).
+_TRANSFORMERS = {
+    "dinov2": "facebook/dinov2-large",
+    "clip": "openai/clip-vit-large-patch14-336",
 }
-NAMES = ("inspector", "efficientnet-lite0", *_FIDELITY)
+NAMES = ("inspector", "efficientnet-lite0", *_TRANSFORMERS, *_FIDELITY)
+_DINOV2_SIDE = 224
+# What the two were trained with: means and standard deviations of pixels in 0..1.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_WEB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _LITE0_SIDE = 224
 
@@ -64,7 +70,12 @@ def load_extractor(name: str) -> Extractor:
         return _efficientnet()
     if name in _FIDELITY:
         return _fidelity(name)
-    raise ExtractorError(f"features: {name!r} is unknown; allowed: {', '.join(NAMES)}")
+    kind, _, model = name.partition("=")
+    if kind in _TRANSFORMERS and (model or "=" not in name):
+        return _transformers(kind, model or _TRANSFORMERS[kind])
+    raise ExtractorError(
+        f"features: {name!r} is unknown; allowed: {', '.join(NAMES)}, and dinov2=MODEL, clip=MODEL"
+    )
 
 
 def _efficientnet() -> Extractor:
@@ -107,3 +118,30 @@ def _fidelity(name: str) -> Extractor:
         return features
 
     return Extractor(name, extract)
+
+
+def _transformers(kind: str, name: str) -> Extractor:
+    """DINOv2's class token, or CLIP's projected image embedding; no torchvision."""
+    from transformers import CLIPVisionModelWithProjection, Dinov2Model
+
+    classes: dict[str, Any] = {"dinov2": Dinov2Model, "clip": CLIPVisionModelWithProjection}
+    try:
+        model = classes[kind].from_pretrained(name, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise ExtractorError(
+            f"features: {kind}: the weights of {name} cannot be had: {error}"
+        ) from error
+    side = _DINOV2_SIDE if kind == "dinov2" else model.config.image_size
+    mean, deviation = (
+        torch.tensor(values)[:, None, None] for values in (_IMAGENET if kind == "dinov2" else _WEB)
+    )
+
+    def extract(images: Tensor) -> Tensor:
+        resized = interpolate(images, (side, side), mode="bicubic", antialias=True)
+        pixels = ((resized.clamp(-1, 1) + 1) / 2 - mean) / deviation
+        found = model(pixel_values=pixels)
+        features: Tensor = found.pooler_output if kind == "dinov2" else found.image_embeds
+        return features
+
+    width = model.config.hidden_size if kind == "dinov2" else model.config.projection_dim
+    return Extractor(f"{Path(name).name}-{width}", extract)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -44,24 +45,27 @@ def measure_latency(
     noise: Tensor,
     *,
     steps: int | None = None,
+    guidance_scale: float = 0.0,
+    sigmas: Sequence[float] | None = None,
     keep_prompts: bool = False,
     runs: int = 3,
 ) -> Latency:
     """Times `sampler` on one batch of prompts and noise (B, C, H, W).
 
     Args:
-        steps: for a teacher; None for a student.
+        steps, guidance_scale, sigmas: as `Sampler.sample` takes them.
         keep_prompts: encoded prompts are remembered, as for a prompt that comes again.
         runs: of which the best counts.
     """
     device = sampler.device
+    options = {"steps": steps, "guidance_scale": guidance_scale, "sigmas": sigmas}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     readings = []
     for number in range(_WARM_UP + runs):
         if not keep_prompts:
             sampler.encoder.forget()
-        marks = _one_run(sampler, prompts, noise, steps=steps)
+        marks = _one_run(sampler, prompts, noise, options=options)
         if number >= _WARM_UP:
             readings.append(marks)
     best = min(readings, key=lambda marks: marks[-1] - marks[0])
@@ -71,7 +75,7 @@ def measure_latency(
         memory = torch.cuda.max_memory_allocated(device)
     else:
         with live_bytes() as live:
-            _one_run(sampler, prompts, noise, steps=steps)
+            _one_run(sampler, prompts, noise, options=options)
         memory = live.peak + weight_bytes(*sampler.modules())
     return Latency(
         total=sum(parts), text=text, steps=per_step, decode=decode, peak_memory_bytes=memory
@@ -79,7 +83,7 @@ def measure_latency(
 
 
 def _one_run(
-    sampler: Sampler, prompts: list[str], noise: Tensor, *, steps: int | None
+    sampler: Sampler, prompts: list[str], noise: Tensor, *, options: dict[str, Any]
 ) -> list[float]:
     """Clock readings: before, after the text, after each step, after decoding."""
     marks: list[float] = []
@@ -93,6 +97,6 @@ def _one_run(
     batch = PromptBatch.collate(sampler.encoder.encode(prompts), sampler.device)
     noise = noise.to(sampler.device)
     mark()
-    sampler.decoder.decode(sampler.roll(batch, noise, steps, on_step=mark).latents)
+    sampler.decoder.decode(sampler.roll(batch, noise, **options, on_step=mark).latents)
     mark()
     return marks

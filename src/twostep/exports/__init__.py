@@ -1,4 +1,4 @@
-"""A student in formats that others read: diffusers, LoRA, ComfyUI, torch.export; cards.
+"""A student in formats that others read: diffusers, servers, LoRA, ComfyUI, the hub.
 
 Needs no training run: a student's folder is enough.
 """

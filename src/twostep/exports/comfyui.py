@@ -1,4 +1,4 @@
-"""Exports a student to ComfyUI: two single-file transformers in its key layout, and a workflow.
+"""Exports a student to ComfyUI: single-file transformers in its key layout, LoRAs, and a workflow.
 
 ComfyUI fuses query, key and value, and names a few modules otherwise; diffusers reads the same
 layout back (`ZImageTransformer2DModel.from_single_file`).
@@ -7,7 +7,6 @@ layout back (`ZImageTransformer2DModel.from_single_file`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.errors import ModelError
+from twostep.exports.comfyui_workflow import laid_out, lora_workflow, workflow
+from twostep.exports.lora import step_weights
+from twostep.exports.packed import Packing, pack
 from twostep.models.folder import ModelFolder
+from twostep.models.lora_files import rank_of, save_lora
 from twostep.models.student import PARTS, STEPS
 from twostep.runtime.files import write_atomically, write_json
 
@@ -29,6 +32,12 @@ _RENAMED = (
 )
 # ComfyUI computes in fp16 only if the spread of this norm's weights is below the bound; above it
 # fp16 gives black images (model_detection.py, as read on 2026-11-23).
+_KNOWN: dict[str, Any] = {
+    "dim": 3840, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48], "rope_theta": 256.0,
+    "t_scale": 1000.0, "n_refiner_layers": 2, "in_channels": 16, "norm_eps": 1e-5, "qk_norm": True,
+}  # fmt: skip
+# Z-Image Turbo in bf16, as ComfyUI's page has it (huggingface.co/Comfy-Org/z_image_turbo).
+_PUBLIC_BASE = "z_image_turbo_bf16.safetensors"
 _FP16_NORM, _FP16_BOUND = "layers.{}.ffn_norm1.weight", 0.42
 
 
@@ -62,52 +71,39 @@ def allows_fp16(weights: Mapping[str, Tensor], layers: int) -> bool:
     return norm.std(unbiased=False).item() < _FP16_BOUND
 
 
-def workflow(first: str, second: str, shift: float, side: int = 1024) -> dict[str, Any]:
-    """ComfyUI's API format: two loaders, two samplers of one step each, nothing in between.
+def not_recognised(architecture: Mapping[str, Any]) -> list[str]:
+    """By what of a transformer's configuration ComfyUI does not know it for a Z-Image.
 
-    The second sampler starts where the first one stopped, noise left over included; with the
-    `simple` scheduler and this shift the two steps are at sigma 1 and shift / (1 + shift).
+    It reads the width of the caption's projection and takes the rest for granted.
     """
-
-    def node(kind: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": kind, "inputs": inputs}
-
-    common = {
-        "noise_seed": 0, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
-        "positive": ["6", 0], "negative": ["7", 0],
-    }  # fmt: skip
-    return {
-        "1": node("UNETLoader", unet_name=first, weight_dtype="default"),
-        "2": node("UNETLoader", unet_name=second, weight_dtype="default"),
-        "3": node("ModelSamplingAuraFlow", model=["1", 0], shift=shift),
-        "4": node("ModelSamplingAuraFlow", model=["2", 0], shift=shift),
-        "5": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2"),
-        "6": node("CLIPTextEncode", clip=["5", 0], text="a red fox in the snow"),
-        "7": node("ConditioningZeroOut", conditioning=["6", 0]),
-        "8": node("EmptySD3LatentImage", width=side, height=side, batch_size=1),
-        "9": node(
-            "KSamplerAdvanced", model=["3", 0], latent_image=["8", 0], add_noise="enable",
-            start_at_step=0, end_at_step=1, return_with_leftover_noise="enable", **common,
-        ),
-        "10": node(
-            "KSamplerAdvanced", model=["4", 0], latent_image=["9", 0], add_noise="disable",
-            start_at_step=1, end_at_step=2, return_with_leftover_noise="disable", **common,
-        ),
-        "11": node("VAELoader", vae_name="ae.safetensors"),
-        "12": node("VAEDecode", samples=["10", 0], vae=["11", 0]),
-        "13": node("SaveImage", images=["12", 0], filename_prefix="twostep"),
-    }  # fmt: skip
+    return [
+        f"{key} is {architecture.get(key)}, expected {value}"
+        for key, value in _KNOWN.items()
+        if architecture.get(key, value) != value
+    ]
 
 
-def _save(weights: dict[str, Tensor], path: Path) -> None:
-    save_file(weights, path, {"format": "pt"})
+def export_comfyui(
+    student: ModelFolder,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    packing: Packing | None = None,
+    merged: bool = False,
+) -> list[str]:
+    """Writes weights, `workflow.json` for the page and `workflow-api.json` for the API to `out`.
 
+    A student of two LoRA files: `first.safetensors` and `second.safetensors`, and the transformer
+    that they are on as `base.safetensors`, unless that is Z-Image Turbo, which ComfyUI's own page
+    offers, and `packing` is None. Other students: two whole transformers of those names.
 
-def export_comfyui(student: ModelFolder, out: Path) -> list[str]:
-    """Writes `first.safetensors`, `second.safetensors` and `workflow.json` to `out`.
+    Args:
+        dtype: of the weights; None: as they are stored.
+        packing: the blocks' matrices of whole transformers in 8 bits.
+        merged: whole transformers of two LoRA files, too.
 
     Returns:
-        Warnings.
+        What the user should know.
 
     Raises:
         ModelError: for a schedule that ComfyUI's stock nodes do not run.
@@ -119,19 +115,54 @@ def export_comfyui(student: ModelFolder, out: Path) -> list[str]:
             f"ComfyUI's stock samplers run Euler steps at sigma 1 and {simple:.4g}; this student "
             f"has transition {schedule.transition} and step2_sigma {schedule.step2_sigma:.4g}"
         )
-    layers = student.family.depth(student.architecture)
+    strange = not_recognised(student.architecture)
+    warnings = [f"ComfyUI will not recognise this model as Z-Image: {'; '.join(strange)}"]
+    warnings = warnings if strange else []
     out.mkdir(parents=True, exist_ok=True)
-    warnings = []
-    for name, part in zip(STEPS, PARTS, strict=True):
-        state = student.stored_transformer(part).state_dict()
-        converted = to_comfyui(state)
-        path = out / f"{name}.safetensors"
-        write_atomically(path, partial(_save, converted))
-        if not allows_fp16(state, layers):
-            warnings.append(
-                f"{path.name}: ComfyUI will not use fp16 for these weights; cards without bf16 "
-                "run them in fp32"
-            )
-    nodes = workflow("first.safetensors", "second.safetensors", schedule.shift)
-    write_json(out / "workflow.json", nodes)
+    space = student.space
+    side = min(1024, *(count * space.patch * space.scale for count in space.positions))
+    files = [f"{step}.safetensors" for step in STEPS]
+    if student.kind == "lora_pair" and not merged:
+        base = _PUBLIC_BASE
+        if packing is not None or not _is_public(student):
+            base = "base.safetensors"
+            plain = ModelFolder.open(student.base)
+            transformer = plain.stored_transformer(PARTS[0], dtype)
+            warnings += _write(transformer, plain, out / base, packing)
+            del transformer
+        for file, part in zip(files, PARTS, strict=True):
+            weights = step_weights(student, part, dtype)
+            save_lora(weights, rank_of(weights), out, file)
+        nodes = lora_workflow(base, files[0], files[1], shift=schedule.shift, side=side)
+        places = {"diffusion_models": [base], "loras": files}
+    else:
+        for file, part in zip(files, PARTS, strict=True):
+            transformer = student.stored_transformer(part, dtype)
+            warnings += _write(transformer, student, out / file, packing)
+            del transformer
+        nodes = workflow(files[0], files[1], shift=schedule.shift, side=side)
+        places = {"diffusion_models": files}
+    write_json(out / "workflow.json", laid_out(nodes))
+    write_json(out / "workflow-api.json", nodes)
+    warnings += [f"models/{folder}: {', '.join(names)}" for folder, names in places.items()]
     return warnings
+
+
+def _is_public(student: ModelFolder) -> bool:
+    """Whether its teacher is the model whose file ComfyUI's own page offers."""
+    teacher = student.check_student("model").teacher or ""
+    return Path(teacher).name == "Z-Image-Turbo"
+
+
+def _write(transformer: Any, model: ModelFolder, path: Path, packing: Packing | None) -> list[str]:
+    state = transformer.state_dict()
+    weights, header = to_comfyui(state), {"format": "pt"}
+    if packing is not None:
+        weights, header["_quantization_metadata"] = pack(weights, packing)
+    write_atomically(path, lambda p: save_file(weights, p, header))
+    if allows_fp16(state, model.family.depth(model.architecture)):
+        return []
+    return [
+        f"{path.name}: ComfyUI will not use fp16 for these weights; cards without bf16 run them in "
+        "fp32"
+    ]

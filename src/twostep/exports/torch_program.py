@@ -6,7 +6,6 @@ are made of (docs/log.md).
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
 from twostep.models.student import STEPS
 from twostep.models.velocity import Velocity, bind
-from twostep.runtime.files import write_atomically, write_json
+from twostep.runtime.files import write_json
 
 
 class Step(nn.Module):
@@ -63,9 +62,18 @@ def export_programs(
     out.mkdir(parents=True, exist_ok=True)
     for name, velocity in zip(STEPS, sampler.velocities, strict=True):
         program = torch.export.export(Step(velocity).eval(), example)
-        write_atomically(out / f"{name}.pt2", partial(torch.export.save, program))
+        _forget_source(program)
+        torch.export.save(program, out / f"{name}.pt2")  # the archive's root is called so, too
     write_json(out / "program.json", _description(sampler.schedule, example))
     return [f"inputs {', '.join(str(tuple(t.shape)) for t in example)}, for nothing else"]
+
+
+def _forget_source(program: torch.export.ExportedProgram) -> None:
+    """Drops the places in this machine's source that each operation came from."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
 
 
 def _description(schedule: Schedule, example: tuple[Tensor, ...]) -> dict[str, object]:

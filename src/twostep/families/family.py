@@ -191,6 +191,10 @@ class Family(Protocol):
         """
         ...
 
+    def whole_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A whole transformer's tensors, in diffusers' layout or ComfyUI's, in diffusers'."""
+        ...
+
     def as_velocity(self, transformer: Any) -> Any:
         """A diffusers transformer as a `VelocityModel`: the same object, its weights untouched."""
         ...

@@ -20,6 +20,7 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
 
 from twostep.families.family import SEQUENCE_MULTIPLE, LatentSpace, Prediction, PromptBatch
+from twostep.families.loading import complete
 from twostep.method.flow import model_time
 
 PATCH = 2
@@ -67,9 +68,17 @@ class ZImageVelocity(ZImageTransformer2DModel):
         self.enable_gradient_checkpointing(run)
 
     def forward(
-        self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, taps: tuple[int, ...] = ()
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        prompts: PromptBatch,
+        taps: tuple[int, ...] = (),
+        **stock: Any,
     ) -> Prediction:
         """Velocity at `latents`.
+
+        A list of latents is diffusers' own call and is answered as diffusers does, so that one of
+        its pipelines can share the network (`from_pipe`).
 
         Args:
             latents: (B, C, H, W), H and W even.
@@ -77,6 +86,9 @@ class ZImageVelocity(ZImageTransformer2DModel):
             prompts: B captions.
             taps: layers whose hidden states are wanted, 0 to depth - 1, ascending.
         """
+        if isinstance(latents, list):
+            answer: Any = super().forward(latents, sigma, prompts, **stock)
+            return answer
         rows, columns = latents.shape[2] // PATCH, latents.shape[3] // PATCH
         tokens = rows * columns
         dtype = self.all_x_embedder[_PATCH_KEY].weight.dtype
@@ -169,11 +181,15 @@ class ZImage:
     patch = PATCH
 
     def load(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
-        return self.as_velocity(
-            ZImageTransformer2DModel.from_pretrained(
-                folder, subfolder=part, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        ).eval()
+        found = ZImageTransformer2DModel.from_pretrained(
+            folder,
+            subfolder=part,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        return self.as_velocity(complete(found, folder / part, exact=True)).eval()
 
     def without_weights(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
         config = ZImageTransformer2DModel.load_config(folder, subfolder=part)
@@ -197,6 +213,20 @@ class ZImage:
             raise ValueError(f"{dora[0]}: DoRA is not supported")
         converted: dict[str, Tensor] = ZImagePipeline.lora_state_dict(dict(weights))
         return converted
+
+    def whole_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `Family.whole_weights`; ComfyUI's layout by diffusers' own converter."""
+        for prefix in ("model.diffusion_model.", "diffusion_model."):
+            if all(key.startswith(prefix) for key in weights):
+                weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+        if not any(".attention.qkv." in key or key.startswith("x_embedder.") for key in weights):
+            return weights
+        from diffusers.loaders import single_file_utils
+
+        converted = single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers(
+            dict(weights)
+        )
+        return {key: value.contiguous() for key, value in converted.items()}
 
     def as_velocity(self, transformer: Any) -> ZImageVelocity:
         """As `Family.as_velocity`.

@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from twostep.errors import InputError
+from twostep.inference.parameters import parameters_text
 from twostep.inference.sampler import Sampler, check_pictures
 from twostep.method.rollout import seeded_noise
 from twostep.models.folder import ModelFolder
@@ -252,10 +253,14 @@ def _facts(picture: Picture, request: PictureRequest, weights: str) -> dict[str,
         "size": f"{width}x{height}",
         "weights": weights,
     }
-    if options.memory == "int8":
+    if options.memory in ("int8", "fp8"):
         facts["memory"] = options.memory
     if options.tiny_decoder is not None:
         facts["decoder"] = _public_name(options.tiny_decoder)
+    facts["parameters"] = parameters_text(
+        picture.prompt, seed=picture.seed, steps=picture.steps, size=request.size,
+        model=facts["model"], weights=weights, loras=request.loras,
+    )  # fmt: skip
     return facts
 
 
@@ -270,19 +275,22 @@ def _is_there(picture: Picture, facts: dict[str, str]) -> bool:
 
 
 def _read_facts(path: Path) -> dict[str, str] | None:
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         with Image.open(path) as image:
-            return {str(key): str(value) for key, value in image.info.items()}
-    except OSError:  # torn or no picture: made again
+            facts = {str(key): str(value) for key, value in image.info.items()}
+            image.verify()  # the checksum that a PNG has of each of its chunks
+            return facts
+    except (OSError, SyntaxError, ValueError):  # torn or no picture: made again
         return None
 
 
 def _save(image: Image.Image, path: Path, facts: dict[str, str]) -> None:
     info = PngInfo()
     for key, value in facts.items():
-        info.add_itxt(key, value)
+        # As those write it who read `parameters`: Latin text plain.
+        (info.add_text if key == "parameters" else info.add_itxt)(key, value)
     write_atomically(path, lambda p: image.save(p, format="PNG", pnginfo=info))
 
 

@@ -5,28 +5,40 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ZImagePipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 from twostep.families import FAMILIES
 from twostep.families.family import Family, LatentSpace, PromptBatch
-from twostep.method.rollout import first_step, second_step
+from twostep.families.zimage import ZImageVelocity
+from twostep.inference.stock_call import StepCallback, StepEnd, VaeMemory, lora_scale, warn_of_fixed
+from twostep.method.rollout import VelocityField, first_step, second_step
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
+from twostep.models.locate import Hub
+from twostep.models.lora_files import read_lora
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
+from twostep.models.standalone_pipeline import StepLoras
 from twostep.models.student import CLASS_NAME, STANDALONE
 from twostep.models.velocity import bind
 from twostep.runtime.checksums import NAME as CHECKSUMS
 
-StepCallback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
+# What diffusers calls a LoRA file in a folder.
+_LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
@@ -37,7 +49,7 @@ class TwoStepOutput(BaseOutput):
     previews: Any = None
 
 
-class TwoStepPipeline(ZImagePipeline):
+class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
     """Text to image in two steps.
 
     The schedule comes from the folder, never from a scheduler's defaults. `transformer` runs at
@@ -48,12 +60,12 @@ class TwoStepPipeline(ZImagePipeline):
 
     def __init__(
         self,
-        scheduler: Any,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        transformer: Any,
-        transformer_2: Any,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: PreTrainedModel,
+        tokenizer: AutoTokenizer,
+        transformer: ZImageVelocity | ZImageTransformer2DModel,
+        transformer_2: ZImageVelocity | ZImageTransformer2DModel,
         step2_sigma: float = 0.75,
         transition: str = "euler",
     ) -> None:
@@ -70,19 +82,23 @@ class TwoStepPipeline(ZImagePipeline):
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> TwoStepPipeline:
         """Opens a student folder, `zoo:NAME` or a hub id; keywords as in diffusers.
 
-        The folder's `pipeline.py` is for those without this package and is not run. Two LoRA files
-        are merged into a transformer each; `Sampler` holds the teacher's weights once.
+        All parts are of `dtype`, fp32 unless told, the text encoder too. The folder's `pipeline.py`
+        is for those without this package and is not run. Two LoRA files are merged into a
+        transformer each; `Sampler` holds the teacher's weights once.
 
         Raises:
             ModelError: if there is no such folder, or it is no two-step student.
         """
-        folder = ModelFolder.open(os.fspath(model))
+        folder = ModelFolder.open(os.fspath(model), hub=Hub.of(kwargs))
         index = folder.check_student("model")
         options = kwargs | {"trust_remote_code": False, "use_safetensors": True}
+        dtype = options.pop("torch_dtype", None)
+        dtype = options["dtype"] = options.get("dtype") or dtype or torch.float32
         if index.kind == "lora_pair":
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32
-            names = ("transformer", "transformer_2")
-            options |= {name: folder.stored_transformer(name).to(dtype) for name in names}
+            by_part = dtype if isinstance(dtype, dict) else {"default": dtype}
+            for name in ("transformer", "transformer_2"):
+                wanted = by_part.get(name, by_part.get("default", torch.float32))
+                options[name] = folder.stored_transformer(name, wanted)
             options |= {"step2_sigma": index.step2_sigma, "transition": index.transition}
         pipe: TwoStepPipeline = super().from_pretrained(folder.base, **options)
         return pipe
@@ -94,6 +110,19 @@ class TwoStepPipeline(ZImagePipeline):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
         return loaded
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """diffusers', and of local files PEFT's layout, with the alpha that lies beside it."""
+        source = pretrained_model_name_or_path_or_dict
+        path = None if isinstance(source, dict) else Path(source)
+        if path is not None and path.is_dir():
+            path = path / (kwargs.get("weight_name") or _LORA_NAME)
+        if path is None or path.suffix != ".safetensors" or not path.is_file():
+            return super().lora_state_dict(source, **kwargs)
+        weights, metadata = read_lora(path)
+        converted = super().lora_state_dict(weights)
+        return (converted, metadata) if kwargs.get("return_lora_metadata") else converted
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """diffusers', with the `pipeline.py` that opens the folder without this package."""
@@ -111,91 +140,141 @@ class TwoStepPipeline(ZImagePipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        height: int = 1024,
-        width: int = 1024,
-        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 2,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 0.0,
+        cfg_normalization: bool = False,
+        cfg_truncation: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: list[Tensor] | None = None,
-        output_type: str = "pil",
-        return_preview: bool = False,
+        negative_prompt_embeds: list[Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
-        num_inference_steps: int = 2,
-        guidance_scale: float = 0.0,
-    ) -> TwoStepOutput:
-        """Generates images.
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        return_preview: bool = False,
+    ) -> TwoStepOutput | tuple[Any, ...]:
+        """Generates images; the arguments are `ZImagePipeline`'s.
 
         Args:
             prompt: one or more prompts; or give `prompt_embeds`, one (tokens, D) tensor each.
             height, width: pixels, multiples of twice the VAE's scale.
+            num_inference_steps, sigmas, guidance_scale, negative_prompt, negative_prompt_embeds:
+                fixed (2, the student's own, 0, none): others are warned about and ignored, and so
+                the two `cfg_` arguments, which shape guidance, have nothing to do.
             latents: initial noise (images, C, H, W); drawn from `generator` if None.
             output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called as in diffusers after each step, with what
+                `callback_on_step_end_tensor_inputs` names; may return None. A callback that sets
+                `pipe._interrupt` keeps the second step from running.
+            max_sequence_length: tokens of a caption; what is longer is cut.
             return_preview: also return the image that step 1 points to.
-            callback_on_step_end: called as in diffusers, with `latents` after each step.
-            num_inference_steps, guidance_scale: 2 and 0, for callers that always pass them.
 
         Raises:
             ValueError: naming the argument, before any network runs.
         """
-        if num_inference_steps != 2 or guidance_scale:
-            raise ValueError(
-                "a two-step student takes num_inference_steps=2 and guidance_scale=0, "
-                f"got {num_inference_steps} and {guidance_scale}"
-            )
+        fixed = {
+            "num_inference_steps": None if num_inference_steps == 2 else num_inference_steps,
+            "guidance_scale": guidance_scale or None,
+            "sigmas": sigmas,
+            "negative_prompt": negative_prompt or None,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
+        warn_of_fixed(fixed, stacklevel=3)
+        on_step = StepEnd(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         count = self._count(prompt, prompt_embeds)
-        if num_images_per_prompt < 1:
-            raise ValueError(
-                f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
-            )
-        sides = self._space().shape(height, width)
-        shape = (count * num_images_per_prompt, *sides)
+        copies = 1 if num_images_per_prompt is None else num_images_per_prompt
+        if copies < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {copies}")
+        size = self._size(height, width)
+        shape = (count * copies, *self._space().shape(*size))
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         if latents is not None and not bool(torch.isfinite(latents).all()):
             raise ValueError("latents must be finite, got NaN or infinity")
 
+        self._guidance_scale, self._joint_attention_kwargs = 0.0, joint_attention_kwargs
+        self._num_timesteps, self._interrupt = 2, False
         device = self._execution_device
         if prompt_embeds is None:
-            prompt_embeds = self.encoder.encode(
-                [prompt] if isinstance(prompt, str) else prompt or []
-            )
-        embeds = [e for e in prompt_embeds for _ in range(num_images_per_prompt)]
+            prompt_embeds = self._encode(prompt, max_sequence_length)
+        embeds = [e for e in prompt_embeds for _ in range(copies)]
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         noise = latents.to(device, torch.float32)
-
-        prompts = PromptBatch.collate(embeds, device)
-        shift = self._family().shift(self.scheduler.config, (height, width))
+        shift = self._family().shift(self.scheduler.config, size)
         schedule = Schedule(shift, self.config.step2_sigma, self.config.transition)
 
-        def after(step: int, sigma: float, tensor: Tensor) -> Tensor:
-            if callback_on_step_end is None:
-                return tensor
-            return callback_on_step_end(self, step, sigma, {"latents": tensor}).get(
-                "latents", tensor
-            )
-
-        between = first_step(bind(self._velocity("transformer"), prompts), noise, schedule)
-        latents2 = after(0, 1.0, between.latents2)
-        second = bind(self._velocity("transformer_2"), prompts)
-        clean2 = second_step(second, latents2, schedule)
-        images = self._finish(after(1, schedule.step2_sigma, clean2), output_type)
+        with self.progress_bar(total=2) as bar:
+            between = first_step(self._field("transformer", embeds), noise, schedule)
+            tensors: dict[str, Any] = {"latents": between.latents2, "prompt_embeds": embeds}
+            on_step(self, 0, 1.0, tensors)
+            bar.update()
+            if not self.interrupt:
+                second = self._field("transformer_2", tensors["prompt_embeds"])
+                tensors["latents"] = second_step(second, tensors["latents"], schedule)
+                on_step(self, 1, schedule.step2_sigma, tensors)
+                bar.update()
+        images = self._finish(tensors["latents"], output_type)
         previews = self._finish(between.clean1, output_type) if return_preview else None
         self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images, previews) if return_preview else (images,)
         return TwoStepOutput(images=images, previews=previews)
+
+    def encode_prompt(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        """diffusers', which writes into a list of prompts: here into a copy."""
+        copy = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
+        return super().encode_prompt(copy, *args, **kwargs)
 
     def _family(self) -> Family:
         return FAMILIES[type(self.transformer).__name__]
 
-    def _velocity(self, name: str) -> Any:
-        """The named transformer with the batched forward; adapters and hooks on it stay."""
-        return self._family().as_velocity(getattr(self, name))
+    def _field(self, name: str, embeds: list[Tensor]) -> VelocityField:
+        """A step's velocity with the batched forward; adapters and hooks on it stay."""
+        transformer = getattr(self, name)
+        prompts = PromptBatch.collate(embeds, self._execution_device)
+        bound = bind(self._family().as_velocity(transformer), prompts)
+
+        def field(latents: Tensor, sigma: Tensor) -> Tensor:
+            with lora_scale(transformer, self._joint_attention_kwargs):
+                return bound(latents, sigma)
+
+        return field
 
     def _space(self) -> LatentSpace:
         return self._family().latent_space(self.transformer.config, self.vae_scale_factor)
 
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """By default the largest up to 1024, as in diffusers, that the model has positions for."""
+        space = self._space()
+        most = [places * space.patch * space.scale for places in space.positions]
+        return (
+            min(1024, most[0]) if height is None else height,
+            min(1024, most[1]) if width is None else width,
+        )
+
+    def _encode(self, prompt: str | list[str] | None, most: int) -> list[Tensor]:
+        """One (tokens, D) tensor a prompt, of at most `most` tokens."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        encoder = self.encoder
+        if most > encoder.max_tokens:  # more than ZImagePipeline takes unless told
+            limit = min(most, self._family().caption_tokens(self.transformer.config))
+            encoder = PromptEncoder(self.tokenizer, self.text_encoder, max_tokens=limit)
+        # The encoder is causal: what is cut off behind leaves the rest as it is.
+        return [embeds[:most] for embeds in encoder.encode(prompts)]
+
     def _count(self, prompt: str | list[str] | None, prompt_embeds: list[Tensor] | None) -> int:
-        """How many prompts there are; ValueError for none, empty ones, or wrong embeddings."""
+        """How many prompts there are; ValueError for none, or wrong embeddings."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give exactly one of prompt and prompt_embeds")
         if prompt_embeds is not None:
@@ -207,11 +286,11 @@ class TwoStepPipeline(ZImagePipeline):
                     )
             return len(prompt_embeds)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise ValueError(f"prompt must be one or more non-empty strings, got {prompt!r}")
+        if not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompt must be one or more strings, got {prompt!r}")
         return len(prompts)
 
-    def _finish(self, latents: Tensor, output_type: str) -> Any:
+    def _finish(self, latents: Tensor, output_type: str | None) -> Any:
         if output_type == "latent":
             return latents
         config = self.vae.config

@@ -139,23 +139,28 @@ class Sampler:
         steps: int | None = None,
         *,
         guidance_scale: float = 0.0,
+        sigmas: Sequence[float] | None = None,
     ) -> Sample:
         """Latents for `prompts` from `noise` (len(prompts), C, H, W).
 
         Args:
             steps: for a teacher, Euler steps (8 if None); a student takes only 2.
             guidance_scale: for a teacher; 0 is none.
+            sigmas: for a teacher, the noise levels of its steps, from 1 to above 0, in place of
+                its schedule's; as many as `steps`.
 
         Raises:
-            ValueError: mismatched counts, or steps and guidance that the model does not take.
+            ValueError: mismatched counts, or what the model does not take.
         """
         if len(prompts) != len(noise):
             raise ValueError(f"{len(prompts)} prompts but noise for {len(noise)} images")
-        if self.is_student and (steps not in (None, 2) or guidance_scale):
+        if self.is_student and (steps not in (None, 2) or guidance_scale or sigmas):
             raise ValueError(
-                f"a two-step student takes steps=2 and guidance_scale=0, "
-                f"got steps={steps}, guidance_scale={guidance_scale}"
+                f"a two-step student takes steps=2, guidance_scale=0 and its own sigmas, "
+                f"got steps={steps}, guidance_scale={guidance_scale}, sigmas={sigmas}"
             )
+        if sigmas is not None and steps not in (None, len(sigmas)):
+            raise ValueError(f"{len(sigmas)} sigmas but steps={steps}")
         latents, previews = [], []
         height, width = (side * self.space.scale for side in noise.shape[2:])
         batch_size = pictures_at_once(height, width)
@@ -163,7 +168,7 @@ class Sampler:
             texts = list(prompts[start : start + batch_size])
             batch = PromptBatch.collate(self.encoder.encode(texts), self.device)
             part = noise[start : start + batch_size].to(self.device)
-            sample = self.roll(batch, part, steps, guidance_scale=guidance_scale)
+            sample = self.roll(batch, part, steps, guidance_scale=guidance_scale, sigmas=sigmas)
             latents.append(sample.latents)
             if sample.preview is not None:
                 previews.append(sample.preview)
@@ -177,6 +182,7 @@ class Sampler:
         steps: int | None = None,
         *,
         guidance_scale: float = 0.0,
+        sigmas: Sequence[float] | None = None,
         on_step: Callable[[], None] = lambda: None,
     ) -> Sample:
         """One batch of `sample`, its prompts encoded and everything on the model's device.
@@ -193,8 +199,8 @@ class Sampler:
         field = guided_field(
             self.velocities[0], prompts, self._empty(guidance_scale), guidance_scale
         )
-        sigmas = self.schedule.sigmas(steps or 8)
-        return Sample(euler(field, noise, sigmas, lambda *_: on_step()), None)
+        levels = self.schedule.sigmas(steps or 8) if sigmas is None else [*sigmas, 0.0]
+        return Sample(euler(field, noise, levels, lambda *_: on_step()), None)
 
     def _empty(self, guidance_scale: float) -> PromptBatch | None:
         """The empty prompt, encoded only where guidance asks for it."""

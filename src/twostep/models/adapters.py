@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from twostep.errors import RecipeError
-from twostep.families.family import Prediction, PromptBatch
+from twostep.families.family import Family, Prediction, PromptBatch
 from twostep.models.int8 import pack_int8
+from twostep.models.lora_files import LoraFile, load_adapter
 from twostep.models.student import STEPS
 from twostep.runtime.randomness import Stream, torch_seed
 
@@ -93,14 +94,22 @@ class AdapterVelocity(nn.Module):
             return prediction
 
 
-def load_lora_pair(model: Any, folder: Path) -> tuple[AdapterVelocity, AdapterVelocity]:
-    """Both steps of a student of LoRA files, on the one copy of the teacher's weights, `model`."""
+def load_lora_pair(
+    model: Any, folder: Path, family: Family, base: Path
+) -> tuple[AdapterVelocity, AdapterVelocity]:
+    """Both steps of a student of LoRA files, on the one copy of the teacher's weights, `model`.
+
+    Args:
+        base: the teacher's folder.
+
+    Raises:
+        ModelError: for a file that does not fit the teacher.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # several adapters are meant
         for step in STEPS:
-            model.load_lora_adapter(
-                str(folder / f"{step}.safetensors"), prefix="transformer", adapter_name=step
-            )
+            file = LoraFile.open(folder / f"{step}.safetensors", option="model")
+            load_adapter(model, file, family, base, adapter_name=step)
     switch = AdapterSwitch(model.eval())
     return AdapterVelocity(switch, STEPS[0]), AdapterVelocity(switch, STEPS[1])
 

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from twostep.errors import ModelError
+from twostep.families.loading import complete
 from twostep.models.foreign import check_folder, named, read_object
 from twostep.models.locate import locate
 from twostep.runtime.images import pictures_at_once
@@ -28,9 +29,15 @@ class Decoder:
     @staticmethod
     def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
         with named(folder / "vae"):
-            vae = AutoencoderKL.from_pretrained(
-                folder, subfolder="vae", dtype=dtype, use_safetensors=True, trust_remote_code=False
+            found = AutoencoderKL.from_pretrained(
+                folder,
+                subfolder="vae",
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+            vae = complete(found, folder / "vae")
         return Decoder(vae.eval())
 
     @staticmethod
@@ -53,11 +60,14 @@ class Decoder:
                 f"its config.json says {found.get('_class_name')}"
             )
         with named(folder):
-            tiny = Decoder(
-                AutoencoderTiny.from_pretrained(
-                    folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-                )
+            loaded = AutoencoderTiny.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+            tiny = Decoder(complete(loaded, folder))
         shapes = [(d.vae.config.latent_channels, d.scale) for d in (tiny, like)]
         if shapes[0] != shapes[1]:
             raise ModelError(

@@ -6,7 +6,6 @@ Everything that samples, trains or exports starts here, with a value instead of 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,16 +21,19 @@ from twostep.families.family import Family, LatentSpace
 from twostep.method.schedule import Schedule
 from twostep.models.adapters import load_lora_pair
 from twostep.models.codec import Decoder
+from twostep.models.configurations import check_configurations
 from twostep.models.foreign import check_finite, check_folder, named
-from twostep.models.locate import WEIGHTS, locate
+from twostep.models.locate import WEIGHTS, Hub, locate
 from twostep.models.lora_files import LoraFile, add_loras, check_loras
 from twostep.models.offload import place
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.student import PARTS, STEPS, StudentIndex, read_json
-from twostep.models.transformer import stored_transformer, stored_with_lora
+from twostep.models.teachers import find_teacher
+from twostep.models.transformer import stored_transformer
 from twostep.models.velocity import Velocity
 from twostep.runtime.checksums import folder_fingerprint, verify
 from twostep.runtime.devices import Placement
+from twostep.runtime.known_folders import remember
 
 _PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
@@ -57,23 +59,27 @@ class ModelFolder:
     loras: tuple[LoraFile, ...] = ()
 
     @staticmethod
-    def open(name: str | Path, patterns: Sequence[str] = WEIGHTS) -> ModelFolder:
+    def open(
+        name: str | Path, patterns: Sequence[str] = WEIGHTS, *, hub: Hub | None = None
+    ) -> ModelFolder:
         """Reads what the folder says of itself; loads no weights.
 
         Args:
             patterns: the files that are fetched of a model on the hub.
+            hub: how; of the teacher that LoRA files name, all but the revision, which is its own.
 
         Raises:
             ModelError: if there is no such folder, parts of it are missing, or no family knows it.
         """
         name = str(name)
-        path = locate(name, patterns)
+        hub = hub or Hub()
+        path = locate(name, patterns, hub)
         check_folder(path)
         verify(path)
         student = StudentIndex.read(path)
         base = path
         if student is not None and student.teacher is not None:
-            base = locate(student.teacher, patterns)
+            base = find_teacher(path, student, patterns, replace(hub, revision=None))
             check_folder(base)
             verify(base)
             if StudentIndex.read(base) is not None:
@@ -179,10 +185,16 @@ class ModelFolder:
         parts += [f"{lora.sha256}:{lora.scale!r}" for lora in self.loras]
         return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    @property
-    def lasting_name(self) -> str:
-        """A name for files that may be opened from elsewhere."""
-        return str(self.path.resolve()) if Path(self.name).is_dir() else self.name
+    def public_name(self) -> tuple[str, str | None]:
+        """Its name for files that are passed on; of a folder the last name and the fingerprint.
+
+        Where such a folder lies is remembered on this machine (`find_teacher`).
+        """
+        if not Path(self.name).is_dir():
+            return self.name, None
+        fingerprint = folder_fingerprint(self.path)
+        remember(fingerprint, self.path)
+        return self.path.resolve().name, fingerprint
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -206,7 +218,9 @@ class ModelFolder:
         if self.kind == "lora_pair":
             model = self.load("transformer", placement.dtype)
             with named(self.path):
-                steps: tuple[Velocity, ...] = load_lora_pair(model, self.path)
+                steps: tuple[Velocity, ...] = load_lora_pair(
+                    model, self.path, self.family, self.base
+                )
             check_finite(model, self.path)
             place([model], placement)
             return steps
@@ -225,17 +239,20 @@ class ModelFolder:
         velocity: Velocity = model
         return velocity
 
-    def stored_transformer(self, part: str) -> Any:
-        """A transformer as diffusers has it, in the dtype it is stored in, LoRA files merged."""
-        kind = self.family.transformer
+    def stored_transformer(self, part: str, dtype: torch.dtype | None = None) -> Any:
+        """A transformer as diffusers has it, LoRA files merged; `dtype` None: as it is stored."""
+        loras, stored = list(self.loras), part
         if self.kind == "lora_pair":
-            file = self.path / f"{STEPS[PARTS.index(part)]}.safetensors"
-            transformer = stored_with_lora(self.base, "transformer", kind, file)
-        else:
-            transformer = stored_transformer(self.base, part, kind)
-        self.add_loras(transformer)
+            loras, stored = [self.step_file(part), *loras], PARTS[0]
+        transformer = stored_transformer(self.base, stored, self.family.transformer, dtype)
+        add_loras(transformer, loras, self.family, self.base)
         check_finite(transformer, self.path / part)
         return transformer
+
+    def step_file(self, part: str) -> LoraFile:
+        """Of a student of two LoRA files, the one for `part`."""
+        file = self.path / f"{STEPS[PARTS.index(part)]}.safetensors"
+        return LoraFile.open(file, option="model")
 
     def encoder(
         self,
@@ -262,25 +279,6 @@ class ModelFolder:
         return decoder
 
 
-def _check_values(base: Path) -> None:
-    """Numbers by which every picture is multiplied."""
-    vae = read_json(base / "vae" / "config.json")
-    scheduler = read_json(base / "scheduler" / "scheduler_config.json")
-    for part, values, key, usual, low in (
-        ("vae", vae, "scaling_factor", 1.0, 0.0),
-        ("vae", vae, "shift_factor", 0.0, -math.inf),
-        ("scheduler", scheduler, "shift", 1.0, 0.0),
-    ):
-        value = values.get(key, usual)
-        value = usual if value is None else value
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low < value < math.inf:
-            raise ModelError(
-                f"{base / part}: {key} must be a finite number above {low:g}, "
-                f"got {repr(value)[:50]}"
-            )
-
-
 def _family(base: Path) -> Family:
     """The family of a diffusers folder."""
     missing = [part for part in _PARTS if not (base / part).exists()]
@@ -290,10 +288,11 @@ def _family(base: Path) -> Family:
     unnamed = [part for part in _PARTS[1:] if part not in index]
     if unnamed:
         raise ModelError(f"{base / 'model_index.json'} does not name {', '.join(unnamed)}")
-    _check_values(base)
     name = read_json(base / "transformer" / "config.json").get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ModelError(
-            f"{base}: transformer is {name}, expected one of {', '.join(sorted(FAMILIES))}"
+            f"{base}: transformer is {repr(name)[:80]}, "
+            f"expected one of {', '.join(sorted(FAMILIES))}"
         )
+    check_configurations(base, FAMILIES[name])
     return FAMILIES[name]

@@ -97,7 +97,9 @@ def check_finite(module: nn.Module, path: Path) -> None:
     One pass over the weights: as fast as memory is read.
     """
     for name, value in module.state_dict().items():
-        if value.is_floating_point() and not value.is_meta and not bool(value.isfinite().all()):
+        if value.is_meta:
+            raise ModelError(f"{path}: the weights lack {name}")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ModelError(f"{path}: {name} holds values that are not finite")
 
 

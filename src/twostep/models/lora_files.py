@@ -74,14 +74,14 @@ class LoraFile:
 def check_loras(files: Sequence[LoraFile], family: Family, base: Path) -> None:
     """Raises ModelError for a file that does not fit the model in `base`, before its weights."""
     for file in files:
-        _read_changes(file, family, base)
+        read_changes(file, family, base)
 
 
 @torch.no_grad()
 def add_loras(model: nn.Module, files: Sequence[LoraFile], family: Family, base: Path) -> None:
     """Adds each file's `scale * B A` to the weights of `model`, whole or sharded; in place.
 
-    Sums are in fp32, rounded once for each file.
+    Sums are in fp32, rounded once for all files.
 
     Args:
         base: the model's diffusers folder.
@@ -89,31 +89,69 @@ def add_loras(model: nn.Module, files: Sequence[LoraFile], family: Family, base:
     Raises:
         ModelError: as `check_loras`.
     """
+    found: dict[str, list[Change]] = {}
     for file in files:
-        for name, (up, down, scale) in _read_changes(file, family, base).items():
-            weight: Any = model.get_submodule(name).weight
-            change = file.scale * scale * (up @ down)
-            target = weight
-            if isinstance(weight, DTensor):
-                target, change = weight.to_local(), own_part(change, weight)
-            target.copy_(target.float() + change.to(target.device))
+        for name, change in read_changes(file, family, base).items():
+            found.setdefault(name, []).append(change)
+    for name, changes in found.items():
+        weight: Any = model.get_submodule(name).weight
+        whole = torch.zeros(weight.shape)
+        for change in changes:
+            whole.addmm_(change.up, change.down, alpha=change.scale)
+        target = weight
+        if isinstance(weight, DTensor):
+            target, whole = weight.to_local(), own_part(whole, weight)
+        target.copy_(target.float() + whole.to(target.device))
 
 
-def _read_changes(
-    file: LoraFile, family: Family, base: Path
-) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """By module name: B (out, rank) and A (rank, in), in fp32 on the CPU, and alpha's factor."""
+@dataclass(frozen=True)
+class Change:
+    """What a LoRA adds to a linear layer's weight: `scale * up @ down`.
+
+    Attributes:
+        up, down: B (out, rank) and A (rank, in), fp32 on the CPU.
+        scale: of the file, times alpha / rank.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+
+def read_changes(file: LoraFile, family: Family, base: Path) -> dict[str, Change]:
+    """What a file adds to the model in `base`, by module name.
+
+    Raises:
+        ModelError: as `check_loras`.
+    """
     skeleton = family.without_weights(base, "transformer", torch.float32)
     with _named(file, base):
-        weights, metadata = _read(file.path)
+        weights, metadata = read_lora(file.path)
         weights = family.lora_weights(weights)
-        found = _pairs(weights, skeleton)
+        found = lora_pairs(weights, skeleton)
         skeleton.load_lora_adapter(weights, metadata=metadata, low_cpu_mem_usage=True)
         layers = {n: m for n, m in skeleton.named_modules() if isinstance(m, LoraLayer)}
         return {
-            name: (up.float(), down.float(), layers[name].scaling[layers[name].active_adapters[0]])
+            name: Change(
+                up.float(),
+                down.float(),
+                file.scale * layers[name].scaling[layers[name].active_adapters[0]],
+            )
             for name, (up, down) in found.items()
         }
+
+
+def load_adapter(model: Any, file: LoraFile, family: Family, base: Path, adapter_name: str) -> None:
+    """Gives `model` a file's LoRA as an adapter, in any layout that `read_changes` reads.
+
+    Raises:
+        ModelError: as `check_loras`; no matrix is left out.
+    """
+    with _named(file, base):
+        weights, metadata = read_lora(file.path)
+        weights = family.lora_weights(weights)
+        lora_pairs(weights, model)
+        model.load_lora_adapter(weights, metadata=metadata, adapter_name=adapter_name)
 
 
 def save_lora(weights: Mapping[str, Tensor], rank: int, folder: Path, name: str) -> Path:
@@ -139,6 +177,30 @@ def rank_of(weights: Mapping[str, Tensor]) -> int:
     return next(value.shape[0] for key, value in weights.items() if key.endswith(_ENDS[0]))
 
 
+def joined(
+    parts: Sequence[Mapping[str, Change]], *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The sum of several LoRAs as one, exactly: their ranks beside each other.
+
+    Scales go into the matrices. Every layer gets the same rank, with zeros where it has fewer, so
+    that alpha may equal the rank for all.
+
+    Returns:
+        Matrices as `save_lora` takes them.
+    """
+    layers = {name: [p[name] for p in parts if name in p] for part in parts for name in part}
+    rank = max(sum(len(change.down) for change in changes) for changes in layers.values())
+    found = {}
+    for name, changes in layers.items():
+        down = torch.cat([change.down for change in changes])
+        up = torch.cat([change.scale * change.up for change in changes], dim=1)
+        pad = rank - len(down)
+        down, up = nn.functional.pad(down, (0, 0, 0, pad)), nn.functional.pad(up, (0, pad))
+        found[f"{name}{_ENDS[0]}"] = down.to(dtype).contiguous()
+        found[f"{name}{_ENDS[1]}"] = up.to(dtype).contiguous()
+    return found
+
+
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """What JSON can hold of a PEFT configuration."""
     return {
@@ -159,7 +221,7 @@ def _named(file: LoraFile, base: Path) -> Iterator[None]:
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """A file's tensors, PEFT's prefix replaced by diffusers', and its LoRA's configuration."""
     check_header(path)
     with safe_open(path, "pt") as file:
@@ -173,20 +235,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     return {_PREFIX + key.removeprefix(_PEFT): w for key, w in weights.items()}, metadata
 
 
-def _pairs(weights: dict[str, Tensor], skeleton: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """B and A by module name.
+def lora_pairs(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """B and A by name of `model`'s module, of a LoRA in diffusers' layout.
 
     Raises:
         ValueError: unless every matrix has its place: half a LoRA would be a wrong one.
     """
-    modules = dict(skeleton.named_modules())
+    modules = dict(model.named_modules())
     sides: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
         end = next((end for end in _ENDS if key.endswith(end)), None)
         name = key.removeprefix(_PREFIX).removesuffix(end or "")
         if end is None or not key.startswith(_PREFIX):
             raise ValueError(f"{key} is no matrix of a LoRA on a transformer")
-        if not isinstance(modules.get(name), nn.Linear):
+        if not isinstance(modules.get(name), nn.Linear | LoraLayer):
             raise ValueError(f"it has no linear layer {name}")
         sides.setdefault(name, {})[end] = value
     if not sides:

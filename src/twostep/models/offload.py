@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from twostep.models.fp8 import pack_fp8
 from twostep.models.int8 import pack_int8
 from twostep.runtime.devices import Placement
 
@@ -21,6 +22,8 @@ def place(transformers: Iterable[nn.Module], placement: Placement) -> None:
             continue
         if placement.memory == "int8":
             pack_int8(transformer)
+        if placement.memory == "fp8":
+            pack_fp8(transformer, placement.dtype)
         transformer.to(placement.device)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from twostep.errors import ModelError
+from twostep.families.loading import complete
 from twostep.models.foreign import check_finite, named
 from twostep.models.prompt_store import PromptStore
 from twostep.runtime.checksums import folder_fingerprint
@@ -76,13 +77,15 @@ class PromptEncoder:
 
         def load() -> Any:
             with named(folder / "text_encoder"):
-                model = AutoModel.from_pretrained(
+                found = AutoModel.from_pretrained(
                     folder / "text_encoder",
                     dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,
                     trust_remote_code=False,
-                ).eval()
+                    output_loading_info=True,
+                )
+                model = complete(found, folder / "text_encoder").eval()
                 check_finite(model, folder / "text_encoder")
                 return model
 
@@ -193,9 +196,23 @@ class PromptEncoder:
 
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         texts = self._templated(prompts)
-        batch = self.tokenizer(
-            texts, padding=True, max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        ).to(self.text_encoder.device)
+        try:
+            batch = self.tokenizer(
+                texts,
+                padding=True,
+                max_length=self.max_tokens,
+                truncation=True,
+                return_tensors="pt",
+            )
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise ModelError(f"the tokenizer cannot be used: {said}") from error
+        vocabulary = self.text_encoder.get_input_embeddings().num_embeddings
+        if int(batch.input_ids.max()) >= vocabulary:
+            raise ModelError(
+                f"the tokenizer knows more tokens than the text encoder, which has {vocabulary}"
+            )
+        batch = batch.to(self.text_encoder.device)
         hidden = self.text_encoder(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

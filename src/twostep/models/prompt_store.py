@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twostep.runtime.files import write_atomically
+from twostep.runtime.checked_tensors import DamagedError, load_checked, save_checked
+from twostep.runtime.files import make_folder, write_atomically
+from twostep.runtime.notices import notice
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,27 @@ class PromptStore:
     encoder: str
 
     def read(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Those of `prompts` that are there, (tokens, D) each; a torn file is not."""
+        """Those of `prompts` that are there, (tokens, D) each; a damaged one is named."""
         found: dict[str, Tensor] = {}
         for prompt in prompts:
             path = self._path(prompt)
             if path.is_file():
                 try:
-                    found[prompt] = load_file(path)["embeds"]
-                except (SafetensorError, KeyError, OSError):
+                    tensors, _ = load_checked(path)
+                except (DamagedError, OSError) as error:
+                    notice(f"{error}; the prompt is encoded anew")
                     continue
+                embeds = tensors.get("embeds")
+                if embeds is not None and embeds.ndim == 2 and bool(embeds.isfinite().all()):
+                    found[prompt] = embeds
         return found
 
     def write(self, embeds: Mapping[str, Tensor]) -> None:
         """Adds prompts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for prompt, tensor in embeds.items():
             whole = {"embeds": tensor.cpu().contiguous()}
-            write_atomically(self._path(prompt), partial(save_file, whole))
+            write_atomically(self._path(prompt), partial(save_checked, whole))
 
     def _path(self, prompt: str) -> Path:
         digest = hashlib.sha256(f"{self.encoder}\n{prompt}".encode()).hexdigest()

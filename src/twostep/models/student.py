@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,13 +43,16 @@ class StudentIndex:
     Attributes:
         kind: two transformers, or two LoRA files.
         step2_sigma, transition: as in `Schedule`.
-        teacher: of LoRA files, the model that they belong to: a folder, `zoo:NAME` or a hub id.
+        teacher: of LoRA files, the model that they belong to: `zoo:NAME`, a hub id, or the last
+            name of a folder.
+        teacher_sha256: of such a folder, its fingerprint. Files of earlier versions hold its path.
     """
 
     kind: Literal["student", "lora_pair"]
     step2_sigma: float
     transition: Any
     teacher: str | None = None
+    teacher_sha256: str | None = None
 
     @staticmethod
     def read(folder: Path) -> StudentIndex | None:
@@ -89,7 +92,16 @@ def _read_lora_index(path: Path) -> StudentIndex:
         raise ModelError(
             f"{path}: expected teacher, step2_sigma and transition, got {error!r}"
         ) from error
-    return _checked(path, "lora_pair", *values)
+    found = _checked(path, "lora_pair", *values)
+    sha256 = index.get("teacher_sha256")
+    if sha256 is None:
+        return found
+    if not isinstance(sha256, str) or Path(found.teacher).name != found.teacher:
+        raise ModelError(
+            f"{path}: with teacher_sha256, teacher must be the name of a folder, "
+            f"got {found.teacher[:100]!r}"
+        )
+    return replace(found, teacher_sha256=sha256)
 
 
 def _checked(path: Path, kind: Any, sigma: Any, transition: Any, teacher: Any = None) -> Any:
@@ -139,6 +151,7 @@ def write_student(
     schedule: Schedule,
     folder: Path,
     dtype: torch.dtype | None = torch.bfloat16,
+    plain_class: bool = False,
 ) -> None:
     """Writes a student as a diffusers folder: the teacher's parts and two transformers.
 
@@ -148,6 +161,8 @@ def write_student(
             for when the first is written and let go.
         folder: replaced if it exists, at the very end.
         dtype: of the weights; None: as they are.
+        plain_class: names the pipeline's class by a string, as servers want it; a plain
+            `ZImagePipeline` then opens the folder without its second transformer.
 
     Raises:
         WriteError: if the disk refuses.
@@ -164,7 +179,7 @@ def write_student(
             del transformer, weights
         index = read_json(teacher / "model_index.json")
         shutil.copyfile(STANDALONE, temporary / "pipeline.py")
-        index["_class_name"] = CLASS_NAME
+        index["_class_name"] = CLASS_NAME[1] if plain_class else CLASS_NAME
         index["transformer_2"] = index["transformer"]
         index["step2_sigma"] = schedule.step2_sigma
         index["transition"] = schedule.transition
@@ -202,7 +217,7 @@ def write_lora_pair(
     folder: Path,
     pair: Sequence[Mapping[str, Tensor]],
     *,
-    teacher: str,
+    teacher: tuple[str, str | None],
     schedule: Schedule,
 ) -> None:
     """Writes a student of two LoRA files.
@@ -210,7 +225,7 @@ def write_lora_pair(
     Args:
         folder: replaced if it exists, at the very end.
         pair: each step's matrices, as `save_lora` takes them.
-        teacher: as in `StudentIndex`.
+        teacher: its name and fingerprint, as in `StudentIndex`.
     """
     with new_folder(folder) as temporary:
         for step, weights in zip(STEPS, pair, strict=True):
@@ -220,10 +235,12 @@ def write_lora_pair(
         write_checksums(temporary)
 
 
-def write_lora_index(folder: Path, *, teacher: str, schedule: Schedule) -> None:
-    """Makes a folder of two LoRA files a student of `teacher`."""
+def write_lora_index(folder: Path, *, teacher: tuple[str, str | None], schedule: Schedule) -> None:
+    """Makes a folder of two LoRA files a student of `teacher`, its name and fingerprint."""
+    name, sha256 = teacher
     index = {
-        "teacher": teacher,
+        "teacher": name,
+        **({} if sha256 is None else {"teacher_sha256": sha256}),
         "step2_sigma": schedule.step2_sigma,
         "transition": schedule.transition,
     }

@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from twostep.errors import ModelError
+from twostep.families.loading import complete
 from twostep.models.foreign import named
 from twostep.runtime.distributed import gathered
 
+# In the headers of safetensors files.
+_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-def stored_transformer(folder: Path, part: str | None, class_name: str) -> Any:
-    """A transformer in the dtype that it is stored in; `part` None for a folder of its own."""
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating type that most of a folder's weights are stored in; reads headers alone.
+
+    Raises:
+        ModelError: if none is.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                if part.get_dtype() in _TYPES:
+                    counts[_TYPES[part.get_dtype()]] += math.prod(part.get_shape())
+    if not counts:
+        raise ModelError(f"{folder} holds no weights in {', '.join(_TYPES)}")
+    return counts.most_common(1)[0][0]
+
+
+def stored_transformer(
+    folder: Path, part: str | None, class_name: str, dtype: torch.dtype | None = None
+) -> Any:
+    """A transformer; `part` None for a folder of its own, `dtype` None as it is stored."""
     kind: Any = getattr(diffusers, class_name)
     with named(folder / (part or "")):
-        return kind.from_pretrained(
-            folder, subfolder=part, use_safetensors=True, trust_remote_code=False
+        found = kind.from_pretrained(
+            folder,
+            subfolder=part,
+            torch_dtype=dtype or stored_dtype(folder / (part or "")),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-
-
-def stored_with_lora(folder: Path, part: str, class_name: str, file: Path) -> Any:
-    """As `stored_transformer`, with a LoRA file of diffusers' layout merged into its weights."""
-    model = stored_transformer(folder, part, class_name)
-    model.load_lora_adapter(str(file), prefix="transformer", adapter_name="step")
-    model.fuse_lora()
-    model.unload_lora()
-    return model
+        return complete(found, folder / (part or ""), exact=True)
 
 
 def transformer_with(like: nn.Module, weights: Mapping[str, Tensor]) -> Any:

@@ -12,6 +12,7 @@ from twostep.families.family import PromptBatch
 from twostep.method.rollout import two_step
 from twostep.models.adapters import AdapterVelocity, SharedBackbone
 from twostep.models.codec import Decoder
+from twostep.models.fp8 import pack_fp8
 from twostep.models.int8 import pack_int8
 from twostep.models.student import STEPS
 from twostep.models.velocity import Velocity, bind
@@ -95,6 +96,8 @@ def generation_needs(
             make_fake(network, dtype)
             if memory == "int8":
                 pack_int8(network)
+            if memory == "fp8":
+                pack_fp8(network, dtype)
         held = weight_bytes(*networks)
         if memory == "offload":
             held = _largest_neighbours(networks[0])

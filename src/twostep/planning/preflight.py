@@ -25,6 +25,7 @@ from twostep.errors import RecipeError
 from twostep.evaluation.scorers import check_scorer
 from twostep.models.folder import ModelFolder
 from twostep.planning.disk import cache_bytes, student_bytes
+from twostep.planning.memory import check_memory
 from twostep.planning.places import Need, check_apart, check_place, check_space
 from twostep.planning.roles import plan_roles
 from twostep.planning.run import checkpoint_bytes
@@ -66,7 +67,7 @@ def check_here(
         RecipeError, ModelError, PromptError, InputError: naming the setting, its value and what is
             allowed.
     """
-    pick_device(recipe.training.device)
+    device = pick_device(recipe.training.device)
     _check_packages(recipe)
     if recipe.data.reals != "teacher":
         check_reals(Path(recipe.data.reals))
@@ -83,6 +84,9 @@ def check_here(
         micro_batch=recipe.training.micro_batch,
     )
     roles = _roles(recipe, spec.teacher)
+    if not teaching:
+        processes = Share.here().size
+        check_memory(recipe, spec.teacher, roles, processes=processes, device=device)
     _check_places(recipe, spec.teacher)
     if not repair:
         _check_cache(spec)

@@ -13,6 +13,7 @@ from torch import nn
 from twostep.distill.objectives.batch import Batch
 from twostep.families.family import PromptBatch
 from twostep.models.folder import ModelFolder
+from twostep.models.foreign import named
 from twostep.models.locate import CONFIGURATIONS as CONFIGURATION_FILES
 from twostep.recipe.schema import Recipe
 from twostep.runtime.shape_tensors import ShapeTensor
@@ -37,12 +38,13 @@ def open_weightless(model: str) -> ModelFolder:
 
 def load_weightless(folder: ModelFolder, part: str, dtype: torch.dtype) -> Any:
     """The folder's network on the meta device."""
-    return folder.family.without_weights(folder.base, part, dtype)
+    with named(folder.base / part):
+        return folder.family.without_weights(folder.base, part, dtype)
 
 
 def vae_without_weights(folder: ModelFolder) -> Any:
     """The folder's VAE on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), named(folder.base / "vae"):
         config = AutoencoderKL.load_config(folder.base, subfolder="vae")
         return AutoencoderKL.from_config(config, trust_remote_code=False).eval()
 

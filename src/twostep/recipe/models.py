@@ -129,6 +129,11 @@ class Student(Section):
         description="what a set is: all weights, or a LoRA on the frozen teacher, whose weights "
         "then serve every role",
     )
+    trained: Literal["all", "linear"] = Field(
+        "all",
+        description="of full sets; linear: the linear layers' matrices alone, biases and norms "
+        "stay the teacher's, so that two LoRA files of enough rank hold the student exactly",
+    )
     init: str | None = Field(
         None,
         description="a two-step student to start from, a folder or zoo:NAME; empty: the teacher. "

@@ -25,6 +25,11 @@ class StepLosses(Section):
     regression: NonNegative = Field(
         0.0, description="weight of the distance to the cached image, after the warm-up (eq. 9)"
     )
+    tau_range: tuple[Fraction, Fraction] | None = Field(
+        None,
+        description="noise levels of this step's distribution matching and of its fake; empty: "
+        "losses.tau_range",
+    )
 
 
 class Step1Losses(StepLosses):
@@ -32,6 +37,11 @@ class Step1Losses(StepLosses):
 
     weight: NonNegative = Field(
         0.5, description="multiplies every term on step 1's image, in the warm-up too; 0: off"
+    )
+    trajectory: NonNegative = Field(
+        0.0,
+        description="weight of the distance between where step 1 leads and the teacher's latents "
+        "there, from cached noise (step 2's noise level must be one of the teacher's)",
     )
 
 
@@ -59,9 +69,15 @@ class Losses(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Losses:
-        if self.tau_range[0] >= self.tau_range[1]:
-            raise ValueError(f"tau_range must ascend, got {self.tau_range}")
+        own = {"final.": self.final.tau_range, "step1.": self.step1.tau_range}
+        for name, found in {"": self.tau_range, **own}.items():
+            if found is not None and found[0] >= found[1]:
+                raise ValueError(f"{name}tau_range must ascend, got {found}")
         return self
+
+    def tau_range_of(self, step: StepLosses) -> tuple[float, float]:
+        """At which noise levels the images of `step` are judged by score and fake."""
+        return step.tau_range or self.tau_range
 
 
 class Fake(Section):
@@ -97,7 +113,13 @@ class Critic(Section):
     learning_rate: Positive = Field(1e-3, description="of the heads; decays with the student's")
     paired: bool = Field(
         True,
-        description="real and fake samples come from the same noise; with data.reals: teacher only",
+        description="real and fake samples come from the same noise; where data.reals is a folder, "
+        "they show the same prompt if a caption there is that prompt",
+    )
+    weight_over_run: tuple[NonNegative, NonNegative] = Field(
+        (1.0, 1.0),
+        description="factor of both adversarial weights when the run begins and when it ends, "
+        "linear between",
     )
     r1: NonNegative = Field(
         0.0, description="weight of the approximate R1 penalty; 0: off (eq. 12)"

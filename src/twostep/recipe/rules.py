@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from twostep.recipe.objective import Step1Losses
+
 if TYPE_CHECKING:
     from twostep.recipe.schema import Recipe
 
@@ -80,6 +82,8 @@ def _numbers_have_limits(recipe: Recipe) -> None:
     for key in ("score.betas", "fake.betas", "training.betas"):
         if any(beta >= 1 for beta in values[key] or ()):
             raise ValueError(f"{key}: each must be below 1, got {list(values[key])}")
+    if recipe.shift is not None and not 1e-3 <= recipe.shift <= 1e3:
+        raise ValueError(f"shift: must be from 0.001 to 1000, got {recipe.shift}")
     low, high = recipe.critic.tau_range
     if low >= high:
         raise ValueError(f"critic.tau_range: must ascend, got {[low, high]}")
@@ -100,7 +104,8 @@ def _something_is_learnt(recipe: Recipe) -> None:
         return
     for step in (losses.final, losses.step1):
         terms = (step.distribution_matching, step.guidance_augmentation)
-        if step.weight and any((*terms, step.adversarial, step.regression)):
+        followed = step.trajectory if isinstance(step, Step1Losses) else 0.0
+        if step.weight and any((*terms, step.adversarial, step.regression, followed)):
             return
     raise ValueError(
         "losses.final and losses.step1: a weight above 0, with a term above 0, is needed in one of "
@@ -126,6 +131,10 @@ def _guidance_has_a_source(recipe: Recipe) -> None:
 
 def _lora_fits(recipe: Recipe) -> None:
     student = recipe.student
+    if student.trained == "linear" and student.weights == "lora":
+        raise ValueError(
+            "student.trained: linear is for student.weights: full; adapters are on linear layers"
+        )
     if recipe.score.fit_turns and recipe.score.model and student.weights == "lora":
         raise ValueError(
             "score.fit_turns with student.weights: lora fits an adapter on the teacher; "

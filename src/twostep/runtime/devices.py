@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from twostep.errors import InputError, RecipeError
 
 # Of the transformers' weights: as they are, in 8 bits, or brought in a layer at a time.
-Memory = Literal["plain", "int8", "offload"]
+Memory = Literal["plain", "int8", "fp8", "offload"]
 MODES: tuple[Memory, ...] = get_args(Memory)
 
 

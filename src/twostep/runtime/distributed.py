@@ -6,7 +6,11 @@ of the batch, not of how many processes share it.
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -14,6 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from twostep.runtime.processes import Share
+
+# Ranks that this process had.
+_joined: list[int] = []
 
 
 class World:
@@ -33,6 +40,7 @@ class World:
                 torch.cuda.set_device(device)
             # gloo beside NCCL serves what lives on the CPU: offloaded weights and checkpoints.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            _joined.append(self.rank)
 
     @property
     def is_first(self) -> bool:
@@ -100,6 +108,22 @@ class World:
         """Ends what joining began; the process may not train on."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def end_process(code: int) -> None:
+    """Ends a process that was one of several at once, put away and flushed; others go on.
+
+    gloo's threads outlive their group where a mesh or a cache holds it. One that lets go of its
+    last tensor while the interpreter ends asks for its lock, is thrown out, and takes the process
+    with it ("terminate called without an active exception", exit -6).
+    """
+    if not _joined:
+        return
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def own_part(value: Tensor, like: DTensor) -> Tensor:

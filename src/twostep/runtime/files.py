@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,7 +99,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = temporary_beside(path)
     with writing(path):
         try:
+            # safetensors' writer lets only the owner read; an ordinary file follows the umask.
+            temporary.touch()
+            readers = stat.S_IMODE(temporary.stat().st_mode)
             write(temporary)
+            temporary.chmod(readers)
             descriptor = os.open(temporary, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -138,18 +143,25 @@ def new_folder(folder: Path) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            # safetensors' writer lets only the owner read; a folder's mode says what others may.
-            readers = temporary.stat().st_mode & 0o666
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    path.chmod(readers)
             replace_folder(temporary, folder)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
 
 
+def let_read(folder: Path) -> None:
+    """Lets others read a folder's files as they may read the folder, whose mode follows the umask.
+
+    safetensors' writer lets only the owner read.
+    """
+    readers = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(readers)
+
+
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Puts `temporary`, finished, in the place of `folder`, which may exist."""
+    let_read(temporary)
     replaced = temporary_beside(folder)
     if folder.exists():
         os.replace(folder, replaced)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from twostep.errors import InputError
+from twostep.inference.parameters import parameters_text
 from twostep.serving.catalogue import Catalogue, Offer
 from twostep.serving.errors import ApiError
 from twostep.serving.jobs import PictureSpec
@@ -115,7 +116,11 @@ class ImageRequest:
             "model": self.offer.name,
             "size": self.size_text,
             "weights": self.offer.weights,
-        }
+            "parameters": parameters_text(
+                self.prompt, seed=seed, steps=self.offer.steps, size=self.size,
+                model=self.offer.name, weights=self.offer.weights,
+            ),
+        }  # fmt: skip
 
 
 def read_request(body: bytes, *, catalogue: Catalogue, limits: Limits) -> ImageRequest:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
 
 import uvicorn
 
 from twostep.errors import InputError
 from twostep.runtime.signals import catch_signals
+from twostep.serving.address import LOOPBACK, is_loopback, listen, url_of
 from twostep.serving.app import AppOptions, create_app
 from twostep.serving.catalogue import Catalogue
 from twostep.serving.engine import Engine
 from twostep.serving.jobs import StepModel
 from twostep.serving.logs import log, log_error, log_to_stderr
 from twostep.serving.metrics import Metrics
-
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
 @dataclass(frozen=True)
@@ -52,15 +49,7 @@ def under_own_names(options: ServerOptions) -> AppOptions:
     """The application's options; without keys it answers under this machine's names alone."""
     if options.app.keys:
         return options.app
-    return replace(options.app, hosts={*_LOOPBACK, options.host.lower()})
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    try:
-        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return replace(options.app, hosts={*LOOPBACK, options.host.lower()})
 
 
 def serve(
@@ -88,8 +77,7 @@ def serve(
         observer=metrics,
     )  # fmt: skip
     app_options = under_own_names(options)
-    listening = _listen(options)
-    port = listening.getsockname()[1]
+    listening = listen(options.host, options.port)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(engine, catalogue, metrics=metrics, options=app_options),
@@ -102,8 +90,7 @@ def serve(
             timeout_graceful_shutdown=int(app_options.drain_seconds) + 1,
         )
     )
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"http://{host}:{port}"
+    url = url_of(options.host, listening)
 
     def watch() -> None:
         if engine.wait_ready():
@@ -121,17 +108,3 @@ def serve(
         if not isinstance(engine.error, InputError):
             log_error("the models cannot be loaded", engine.error)
         raise engine.error
-
-
-def _listen(options: ServerOptions) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM
-        )[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        where = f"{options.host}:{options.port}"
-        raise InputError(f"--port: {where} cannot be listened on: {error.strerror}") from error
-    return listening

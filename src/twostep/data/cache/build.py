@@ -27,6 +27,7 @@ from twostep.families.family import PromptBatch
 from twostep.method.rollout import euler, seeded_noise
 from twostep.models.velocity import Velocity, guided_field
 from twostep.recipe.schema import Recipe
+from twostep.runtime.checked_tensors import save_checked
 from twostep.runtime.devices import Placement, pick_device
 from twostep.runtime.files import make_folder, sweep, write_atomically, write_json
 from twostep.runtime.images import pictures_at_once
@@ -262,7 +263,7 @@ def _finish(spec: CacheSpec, encoded: EncodedPrompts) -> None:
         record = json.loads(shard_files(spec.folder, shard)[1].read_text(encoding="utf-8"))
         shards.append({k: record[k] for k in ("file", "sha256", "bytes", "first", "count")})
     empty = {"embeds": encoded.empty}
-    write_atomically(spec.folder / "empty.safetensors", partial(save_file, empty))
+    write_atomically(spec.folder / "empty.safetensors", partial(save_checked, empty))
     spec.store.put(spec.folder / "empty.safetensors")
     manifest = {
         "version": VERSION,

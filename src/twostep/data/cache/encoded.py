@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.data.cache.spec import CacheSpec, Shard
 from twostep.data.cache.store import CacheError
+from twostep.runtime.checked_tensors import DamagedError, load_checked, save_checked
 from twostep.runtime.devices import Placement
 from twostep.runtime.files import write_atomically
 from twostep.runtime.progress import progress_bar
@@ -55,26 +54,31 @@ class EncodedPrompts:
                                 f"for the prompt {shard.prompts[i][:60]!r}"
                             )
                     metadata = {"fingerprint": spec.fingerprint}
-                    write = partial(save_file, tensors, metadata=metadata)
+                    write = partial(save_checked, tensors, metadata=metadata)
                     write_atomically(encoded._path(shard), write)
                 advance(len(shard.prompts))
         return encoded
 
     def read(self, shard: Shard) -> list[Tensor]:
         """One (tokens, D) for each of its prompts."""
-        with safe_open(self._path(shard), "pt") as file:
-            return [file.get_tensor(str(i)) for i in range(len(shard.prompts))]
+        try:
+            tensors, _ = load_checked(self._path(shard))
+            return [tensors[str(i)] for i in range(len(shard.prompts))]
+        except (DamagedError, OSError, KeyError) as error:
+            raise CacheError(
+                f"{self._path(shard)} was damaged or removed since it was written. Run it again"
+            ) from error
 
     def remove(self, shard: Shard) -> None:
         """Once the shard holds them."""
-        self._path(shard).unlink()
+        self._path(shard).unlink(missing_ok=True)
 
     def _path(self, shard: Shard) -> Path:
         return self.spec.folder / f"prompts-{shard.index:05d}.safetensors"
 
     def _is_there(self, shard: Shard) -> bool:
         try:
-            with safe_open(self._path(shard), "pt") as file:
-                return (file.metadata() or {}).get("fingerprint") == self.spec.fingerprint
-        except (SafetensorError, OSError):
-            return False  # missing, torn or another cache's
+            _, metadata = load_checked(self._path(shard))
+        except (DamagedError, OSError):
+            return False  # missing or damaged
+        return metadata.get("fingerprint") == self.spec.fingerprint

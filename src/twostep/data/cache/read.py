@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twostep.data.cache.shards import CacheError, check_shard, shard_files
 from twostep.data.cache.spec import CacheSpec, Shard
 from twostep.method.rollout import seeded_noise
+from twostep.runtime.checked_tensors import DamagedError, TensorFile, load_checked
 
 _TRIES = 5
 
@@ -44,7 +44,7 @@ class CachedSamples:
 
 
 class TeacherCache:
-    """A finished cache, memory-mapped.
+    """A finished cache. Its files stay open and are read, not mapped: one may be cut meanwhile.
 
     Args:
         spec: what it must hold.
@@ -80,10 +80,9 @@ class TeacherCache:
                 )
         self.spec = spec
         self._firsts = [shard.first for shard in spec.shards]
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, TensorFile] = {}
         self._records: dict[int, dict[str, Any]] = {}
-        with safe_open(spec.store.fetch(spec.folder / "empty.safetensors"), "pt") as file:
-            self.empty_embeds: Tensor = file.get_tensor("embeds")
+        self.empty_embeds = _empty(spec)
 
     def __len__(self) -> int:
         return self.spec.sample_count
@@ -93,7 +92,7 @@ class TeacherCache:
         if self.spec.store.is_remote:  # the records are here already
             parts = [np.array(self._record(s.index)["tokens"]) for s in self.spec.shards]
         else:
-            parts = [np.diff(self._open(s.index).get_tensor("offsets")) for s in self.spec.shards]
+            parts = [np.diff(self._open(s.index).rows("offsets")) for s in self.spec.shards]
         return np.repeat(np.concatenate(parts), self.spec.samples_per_prompt)
 
     def read(self, ids: Sequence[int]) -> CachedSamples:
@@ -110,13 +109,13 @@ class TeacherCache:
             shard = self._shard_of(sample)
             row = sample - shard.first
             file = self._open(shard.index)
-            latents.append(file.get_slice("latents")[row : row + 1])
-            if "trajectory" in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                middles.append(file.get_slice("trajectory")[row : row + 1])
-            seeds.append(int(file.get_slice("seeds")[row : row + 1]))
+            latents.append(file.rows("latents", row, row + 1))
+            if "trajectory" in file:
+                middles.append(file.rows("trajectory", row, row + 1))
+            seeds.append(int(file.rows("seeds", row, row + 1)))
             owner = row // self.spec.samples_per_prompt
-            start, end = file.get_slice("offsets")[owner : owner + 2].tolist()
-            embeds.append(file.get_slice("embeds")[start:end])
+            start, end = file.rows("offsets", owner, owner + 2).tolist()
+            embeds.append(file.rows("embeds", start, end))
             prompts.append(shard.prompts[owner])
         stacked = torch.cat(latents)
         self._check_finite(ids, stacked, *middles, *embeds)
@@ -173,24 +172,24 @@ class TeacherCache:
             self._records[shard] = json.loads(path.read_text(encoding="utf-8"))
         return self._records[shard]
 
-    def _open(self, shard: int) -> Any:
+    def _open(self, shard: int) -> TensorFile:
         if shard not in self._files:
             store, path = self.spec.store, shard_files(self.spec.folder, shard)[0]
             if store.is_remote:
                 self._let_go()
             try:
                 self._files[shard] = self._opened(path, shard)
-            except (SafetensorError, OSError) as error:
+            except OSError as error:
                 raise CacheError(f"{store.shown(path)} cannot be read: {error}") from error
         return self._files[shard]
 
-    def _opened(self, path: Path, shard: int) -> Any:
+    def _opened(self, path: Path, shard: int) -> TensorFile:
         if not self.spec.store.is_remote:
-            return safe_open(path, "pt").__enter__()
+            return TensorFile(path)
         for _ in range(_TRIES):  # a copy may have made room before it is opened
             self.spec.store.fetch(path, self._record(shard)["sha256"])
             with suppress(FileNotFoundError):
-                return safe_open(path, "pt").__enter__()
+                return TensorFile(path)
         raise CacheError(f"data.cache_copies_gib: too little for what is read at a time of {path}")
 
     def _let_go(self) -> None:
@@ -198,3 +197,18 @@ class TeacherCache:
         gone = [i for i in self._files if not shard_files(self.spec.folder, i)[0].exists()]
         for shard in gone:
             del self._files[shard]
+
+
+def _empty(spec: CacheSpec) -> Tensor:
+    """The empty prompt's embedding."""
+    path = spec.folder / "empty.safetensors"
+    try:
+        tensors, _ = load_checked(spec.store.fetch(path))
+        embeds = tensors["embeds"]
+        if not bool(embeds.isfinite().all()):
+            raise CacheError(f"{spec.store.shown(path)} holds values that are not finite")
+    except (DamagedError, OSError, KeyError) as error:
+        raise CacheError(
+            f"{spec.store.shown(path)} is missing or damaged: run `twostep teach --repair`"
+        ) from error
+    return embeds

@@ -188,8 +188,12 @@ def check_sizes(recipe: Recipe, teacher: ModelFolder) -> None:
             teacher.space.shape(*size)
         except ValueError as error:
             raise RecipeError(f"data.height, width or other_sizes: {error}") from error
-    if recipe.losses.warmup_step1_target == "trajectory":
-        _check_on_grid(recipe_schedule(recipe, teacher), recipe.teacher.steps)
+    losses = recipe.losses
+    option = "losses.step1.trajectory" if losses.step1.trajectory else ""
+    if losses.warmup_step1_target == "trajectory":
+        option = "losses.warmup_step1_target: trajectory"
+    if option:
+        _check_on_grid(recipe_schedule(recipe, teacher), recipe.teacher.steps, option)
 
 
 def recipe_schedule(recipe: Recipe, teacher: ModelFolder) -> Schedule:
@@ -198,9 +202,9 @@ def recipe_schedule(recipe: Recipe, teacher: ModelFolder) -> Schedule:
     return Schedule.of(shift, recipe.step2_sigma, recipe.student.transition)
 
 
-def _check_on_grid(schedule: Schedule, steps: int) -> None:
+def _check_on_grid(schedule: Schedule, steps: int, option: str) -> None:
     if schedule.place_of_step2(steps) is None:
         raise RecipeError(
-            "losses.warmup_step1_target: trajectory needs step2_sigma on the teacher's "
+            f"{option} needs step2_sigma on the teacher's "
             f"grid {schedule.sigmas(steps)}, got {schedule.step2_sigma}"
         )

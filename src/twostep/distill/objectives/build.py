@@ -121,18 +121,26 @@ def _full_roles(
         model = load(folder, part, torch.float32)
         if settings.checkpoint_activations:
             model.recompute_layers(settings.checkpoint_share)
-        trained[name] = _full(recipe, folder, model, trainable=True)
+        linear = recipe.student.trained == "linear" and name in STEPS
+        trained[name] = _full(recipe, folder, model, trainable=True, linear_only=linear)
     return own, trained
 
 
-def _full(recipe: Recipe, folder: ModelFolder, model: Any, *, trainable: bool) -> Role:
+def _full(
+    recipe: Recipe,
+    folder: ModelFolder,
+    model: Any,
+    *,
+    trainable: bool,
+    linear_only: bool = False,
+) -> Role:
     velocity: Velocity | None = None
     if recipe.training.compile and isinstance(model, FSDPModule):
         compile_blocks(folder.family.blocks(model))
     elif recipe.training.compile:
         allow_graphs()
         velocity = torch.compile(model, fullgraph=True)
-    return Role.full(model, trainable=trainable, velocity=velocity)
+    return Role.full(model, trainable=trainable, velocity=velocity, linear_only=linear_only)
 
 
 def _adapter_roles(

@@ -32,7 +32,10 @@ class CriticTurn:
         # With images that are not the teacher's there are no pairs.
         paired = recipe.critic.paired and recipe.data.reals == "teacher"
         self.paired = bool(self._judged) and paired
-        self._fit = FlowFit(student.schedule, recipe.losses.tau_range)
+        self._fit = {
+            name: FlowFit(student.schedule, recipe.losses.tau_range_of(own))
+            for name, own in weights.items()
+        }
 
     def __call__(self, batch: Batch, draws: Draws) -> Turn:
         self.roles.hold_score()
@@ -62,7 +65,7 @@ class CriticTurn:
         total, logged = _zero(samples), {}
         for name in self._followed:
             fake = self.roles.fake_of(STEP_NAMES.index(name))
-            loss = self._fit(fake, samples[name].clean, prompts, draws)
+            loss = self._fit[name](fake, samples[name].clean, prompts, draws)
             total = total + loss
             logged[f"fake/{name}"] = loss.detach()
         return total, logged

@@ -31,6 +31,7 @@ class Role:
         velocity: what is called.
         model: the network it runs on; its size and dtype, not to be called past the role.
         trained: holds what this role trains, as checkpoints do; None for a frozen role.
+        linear_only: of it the linear layers' matrices alone are trained, the rest stays still.
         transformer: gives the role's weights as a diffusers transformer.
         lora: gives an adapter's as a LoRA file holds them; None for a full set.
         evaluations: forwards of one sample so far; those with a gradient count as three.
@@ -42,17 +43,28 @@ class Role:
     transformer: Callable[[], nn.Module]
     lora: Callable[[], dict[str, Tensor]] | None = None
     evaluations: int = 0
+    linear_only: bool = False
 
     @staticmethod
-    def full(model: Any, *, trainable: bool, velocity: Velocity | None = None) -> Role:
+    def full(
+        model: Any,
+        *,
+        trainable: bool,
+        velocity: Velocity | None = None,
+        linear_only: bool = False,
+    ) -> Role:
         """With a full set of weights of its own.
 
         Args:
             velocity: what is called in the model's place, such as a compiled one.
         """
-        model.requires_grad_(trainable)
+        model.requires_grad_(trainable and not linear_only)
+        if trainable and linear_only:
+            for weight in _linear_weights(model):
+                weight.requires_grad_(True)
         called = model if velocity is None else velocity  # a compiled module has no truth value
-        return Role(called, model, model if trainable else None, lambda: model)
+        trained = model if trainable else None
+        return Role(called, model, trained, lambda: model, linear_only=linear_only)
 
     @staticmethod
     def adapter(backbone: SharedBackbone, name: str = "") -> Role:
@@ -73,7 +85,16 @@ class Role:
 
     def parameters(self) -> list[nn.Parameter]:
         """What this role trains; empty for a frozen role."""
-        return [] if self.trained is None else list(self.trained.parameters())
+        if self.trained is None:
+            return []
+        if self.linear_only:
+            return _linear_weights(self.trained)
+        return list(self.trained.parameters())
+
+
+def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return [module.get_parameter("weight") for module in linear]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,11 @@ class Sample:
 
 
 class StudentTurn:
-    """Builds the student's loss. Which terms are active is decided here, once."""
+    """Builds the student's loss. Which terms are active is decided here, once.
+
+    Attributes:
+        critic_factor: of the adversarial terms, as far as the run is (`critic.weight_over_run`).
+    """
 
     def __init__(self, recipe: Recipe, roles: Roles, schedule: Schedule) -> None:
         self.recipe, self.roles, self.schedule = recipe, roles, schedule
@@ -46,6 +50,7 @@ class StudentTurn:
                 recipe,
                 schedule,
                 sigma,
+                recipe.losses.tau_range_of(weights[name]),
                 score=roles.score,
                 fake=roles.fake_of(step),
                 critic=roles.critic,
@@ -54,13 +59,19 @@ class StudentTurn:
         }
         self._active: dict[str, list[tuple[str, float, TermLoss]]] = {
             name: [
-                (term.name, own.weight * getattr(own, term.name), term.loss)
+                (term.name, own.weight * weight, term.loss)
                 for term in TERMS
-                if own.weight * getattr(own, term.name)
+                if own.weight * (weight := getattr(own, term.name, 0.0))
             ]
             for name, own in weights.items()
         }
-        self._on_cached_noise = any(w.regression * w.weight > 0 for w in weights.values())
+        # What is compared with the teacher's latents must begin where they began.
+        self._on_cached_noise = any(
+            name in ("regression", "trajectory")
+            for terms in self._active.values()
+            for name, *_ in terms
+        )
+        self.critic_factor = 1.0
 
     def rollout(self, noise: Tensor, prompts: PromptBatch, draws: Draws) -> Rollout:
         return two_step(
@@ -142,7 +153,8 @@ class StudentTurn:
         seen, total = Seen(clean, batch, draws, look), clean.new_zeros(())
         for term, weight, loss in self._active[name]:
             value = loss(step, seen)
-            total = total + weight * value
+            factor = self.critic_factor if term == "adversarial" else 1.0
+            total = total + factor * weight * value
             logged[f"{name}/{term}"] = value.detach()
         return total, look
 

@@ -12,7 +12,7 @@ from twostep.distill.objectives.batch import Batch
 from twostep.distill.objectives.critic import Critic, Level, Look
 from twostep.distill.objectives.draws import Draws
 from twostep.method import losses
-from twostep.method.flow import clean_from_velocity, guide
+from twostep.method.flow import add_noise, clean_from_velocity, guide
 from twostep.method.schedule import Schedule
 from twostep.models.velocity import Velocity, bind
 from twostep.recipe.schema import Recipe
@@ -24,6 +24,7 @@ class Judged:
 
     Attributes:
         sigma: the noise level that the step starts from.
+        tau_range: at which noise levels score and fake judge its images.
         score: trusted at every noise level.
         fake: follows this step's clean predictions.
     """
@@ -31,6 +32,7 @@ class Judged:
     recipe: Recipe
     schedule: Schedule
     sigma: float
+    tau_range: tuple[float, float]
     score: Velocity
     fake: Velocity
     critic: Critic
@@ -38,8 +40,8 @@ class Judged:
     @property
     def matches_on_looks(self) -> bool:
         """Whether the critic's look at a sample is the one that distribution matching needs."""
-        critic, losses_ = self.recipe.critic, self.recipe.losses
-        return self.critic.network is self.score and critic.tau_range == losses_.tau_range
+        same_levels = self.recipe.critic.tau_range == self.tau_range
+        return self.critic.network is self.score and same_levels
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def match_distribution(step: Judged, seen: Seen) -> Tensor:
             level, noisy = look.level, look.noisy.detach()
             velocity = look.prediction.velocity.detach()
         else:
-            level = seen.level(step.schedule, step.recipe.losses.tau_range)
+            level = seen.level(step.schedule, step.tau_range)
             noisy = level.add_to(seen.clean)
             velocity = step.score(noisy, level.tau, batch.prompts).velocity
         scale = step.recipe.score.guidance_scale
@@ -109,7 +111,7 @@ def match_distribution(step: Judged, seen: Seen) -> Tensor:
 
 def augment_guidance(step: Judged, seen: Seen) -> Tensor:
     """Decoupled DMD's guidance term (arXiv 2511.22677), at noise levels below the step's own."""
-    low, high = step.recipe.losses.tau_range
+    low, high = step.tau_range
     level = seen.level(step.schedule, (low, min(high, step.sigma)))
     with torch.no_grad():
         noisy = level.add_to(seen.clean)
@@ -133,11 +135,23 @@ def regress(step: Judged, seen: Seen) -> Tensor:
     return losses.regression(seen.clean, seen.batch.latents)
 
 
+def follow_trajectory(step: Judged, seen: Seen) -> Tensor:
+    """Distance between where step 1 leads and the teacher's latents there, of the same noise.
+
+    As the first step of DP-DMD (arXiv 2602.03139) learns from the teacher alone.
+    """
+    trajectory = seen.batch.trajectory
+    assert trajectory is not None  # checked before the cache was opened
+    reached = add_noise(seen.clean, seen.batch.noise, step.schedule.step2_sigma)
+    return losses.regression(reached, trajectory)
+
+
 TERMS = (
     Term("distribution_matching", match_distribution, short="dm"),
     Term("guidance_augmentation", augment_guidance),
     Term("adversarial", fool_critic),
     Term("regression", regress),
+    Term("trajectory", follow_trajectory),
 )
 
 

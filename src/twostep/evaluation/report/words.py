@@ -32,7 +32,7 @@ _ORIGIN = {
 
 def model_name(kind: Kind, name: str) -> str:
     """What the page calls a model."""
-    if kind == "student":
+    if kind in ("student", "baseline"):
         return _STUDENT_NAMES.get(name, name)
     return {"teacher": "Teacher", "naive": "Same weights"}[kind]
 
