@@ -20,7 +20,7 @@ from twostep.data.cache.shards import CacheError
 from twostep.distill.checkpoint import Progress
 from twostep.distill.outcome import Diverged, Outcome, followed
 from twostep.errors import ExportError, ModelError
-from twostep.families.zimage import ZImageVelocity
+from twostep.families.zimage_network import ZImageVelocity
 from twostep.inference.generate import PictureRequest, generate
 from twostep.inference.sampler import NotFiniteError, check_pictures
 from twostep.models.folder import ModelFolder

@@ -17,8 +17,7 @@ from twostep.distill.objectives.draws import Draws
 from twostep.distill.objectives.turns import ScoreTurn
 from twostep.distill.trainer import Trainer
 from twostep.errors import RecipeError
-from twostep.families.family import PromptBatch
-from twostep.families.zimage import Prediction
+from twostep.families.family import Prediction, PromptBatch
 from twostep.method.flow import add_noise, velocity_target
 from twostep.recipe.schema import Recipe
 

@@ -62,7 +62,7 @@ def test_a_torn_log_is_no_reason_to_stop(torn: str, tmp_path: Path) -> None:
     lines = b'{"turn": 1, "loss": 2.0}\n' + torn.encode("utf-8", "surrogatepass")
     (tmp_path / "metrics.jsonl").write_bytes(lines + b'\n{"turn": 2, "loss": 1.0}\n{"turn": 9}\n')
     assert [r["turn"] for r in read_metrics(tmp_path)] == [1, 2, 9]
-    monitor = Monitor(tmp_path, tensorboard=False, resume_at=2)
+    monitor = Monitor(tmp_path, resume_at=2)
     monitor.record(3, {"loss": 0.5})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text == '{"turn": 1, "loss": 2.0}\n{"turn": 2, "loss": 1.0}\n{"turn": 3, "loss": 0.5}\n'

@@ -419,7 +419,7 @@ def test_pipeline_image_equals_the_trainers_rollout(make_recipe: Make) -> None:
     with trainer.state.ema.applied(), torch.no_grad():
         for p in trainer.roles.student_parameters():
             p.copy_(p.bfloat16().float())
-        from twostep.families.zimage import PromptBatch
+        from twostep.families.family import PromptBatch
 
         prompts = PromptBatch.collate(samples.embeds)
         rollout = trainer.learner.objectives.student.rollout(
@@ -711,7 +711,7 @@ def test_ema_is_a_mean_at_first_and_fp32_always() -> None:
 
 
 def test_alarms_ring_once_and_again_after_recovery(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, tensorboard=False, resume_at=0)
+    monitor = Monitor(tmp_path, resume_at=0)
     diversity = [1.0, 0.5, 0.4, 0.9, 0.3]
     rings = [monitor.record(i, {"validation/diversity": d}) for i, d in enumerate(diversity)]
     assert [len(r) for r in rings] == [0, 1, 0, 0, 1]

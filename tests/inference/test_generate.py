@@ -53,7 +53,9 @@ def test_pictures_carry_parameters_as_others_read_them(student: Path, tmp_path: 
     (made,) = generate(request, tmp_path / "out")
     with Image.open(made.path) as image:
         text = image.info["parameters"]
-    prompt, line = text.split("\n")
+        assert "prompt" not in image.info  # ComfyUI would take it for a graph
+    prompt, negative, line = text.split("\n")
+    assert negative == "Negative prompt: "
     assert prompt == "a dog, two cats <lora:style:0.8>"
     # A1111's own pattern for a line of settings (infotext_utils.py).
     found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line)
@@ -73,7 +75,7 @@ def test_pictures_say_how_they_were_made(student: Path, tmp_path: Path) -> None:
     assert [p.path.name for p in made] == ["一只狗-7-2steps.png", "一只狗-8-2steps.png"]
     with Image.open(made[1].path) as image:
         assert image.size == (48, 32)
-        assert image.info["prompt"] == "一只狗"
+        assert image.info["Description"] == "一只狗"
         assert (image.info["seed"], image.info["steps"]) == ("8", "2")
         assert image.info["model"] == student.name  # no folder of this machine
     alone = next(
@@ -122,9 +124,24 @@ def test_other_weights_make_other_pictures(
         folder=other,
         dtype=torch.float32,
     )
-    next(generate(PictureRequest(str(student), ["a dog"], size=SIZE), tmp_path / "out"))
-    again = next(generate(PictureRequest(str(other), ["a dog"], size=SIZE), tmp_path / "out"))
-    assert again.made
+    out = tmp_path / "out"
+    first = next(generate(PictureRequest(str(student), ["a dog"], size=SIZE), out))
+    kept = {first.path: first.path.read_bytes()}
+    for request in (
+        PictureRequest(str(other), ["a dog"], size=SIZE),
+        PictureRequest(str(student), ["a dog"], size=(48, 32)),
+    ):
+        again = next(generate(request, out))
+        assert again.made
+        assert again.path not in kept
+        kept[again.path] = again.path.read_bytes()
+        assert not next(generate(request, out)).made
+    own = out / "a-cat-0-2steps.png"
+    Image.new("RGB", (4, 4)).save(own)  # somebody else's
+    kept[own] = own.read_bytes()
+    cat = next(generate(PictureRequest(str(student), ["a cat"], size=SIZE), out))
+    assert cat.path.name.startswith("a-cat-0-2steps-")
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_prompts_that_look_alike_have_their_own_files(student: Path, tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from tiny import CPU, as_velocity, network_of, random_transformer
 from twostep.cli import app
-from twostep.cli.arguments import parse_memory
-from twostep.errors import InputError, ModelError
+from twostep.errors import ModelError
 from twostep.exports.combine import assemble
 from twostep.exports.registry import ExportOptions, export
 from twostep.inference import generate as generate_module
@@ -25,7 +24,8 @@ from twostep.models.codec import Decoder
 from twostep.models.folder import ModelFolder
 from twostep.models.int8 import Int8Linear, is_packed, pack_int8
 from twostep.models.prompt_encoder import PromptEncoder
-from twostep.models.student import StudentIndex, save_student
+from twostep.models.student import save_student
+from twostep.models.student_index import StudentIndex
 from twostep.runtime.devices import Placement
 
 PROMPTS = ["a dog", "two cats on a red background"]
@@ -245,7 +245,7 @@ def test_embedded_tiny_decoder_is_close_to_the_vae() -> None:
 
 
 def test_unknown_memory_is_named() -> None:
-    with pytest.raises(
-        InputError, match="memory: expected one of plain, int8, fp8, offload, got 'fp4'"
-    ):
-        parse_memory("fp4")
+    asked = ["generate", "--model", "zoo:emoji-student", "--memory", "fp4", "x"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 2
+    assert "'plain', 'int8', 'fp8', 'offload'" in result.stderr

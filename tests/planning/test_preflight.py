@@ -17,7 +17,7 @@ from twostep.distill.objectives.build import build_roles
 from twostep.errors import UserError
 from twostep.families.zimage import ZImage
 from twostep.models.folder import ModelFolder
-from twostep.planning import memory, places, preflight
+from twostep.planning import first_look, memory, places, preflight
 from twostep.planning.preflight import check_here, check_plan
 from twostep.planning.weightless import load_weightless
 from twostep.recipe.schema import Recipe
@@ -54,7 +54,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "trajectory needs step2_sigma on the teacher's grid",
     ),
     "micro batch": ({"training": {"micro_batch": 3}}, r"^training\.micro_batch: 3 does not divide"),
-    "tensorboard": ({"training": {"tensorboard": True}}, r"^training\.tensorboard: .* not installed"),
+    "report_to": ({"training": {"report_to": ["wandb"]}}, r"^training\.report_to: wandb .* not installed"),
     "scorer": (
         {"training": {"validation_scores": ["x=nosuchcommand"]}},
         r"^training\.validation_scores: x: no program 'nosuchcommand'",
@@ -97,7 +97,7 @@ def in_place(value: Any, here: Path) -> Any:
 @pytest.fixture(autouse=True)
 def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ZImage, "load", lambda *_: pytest.fail("a network was loaded"))
-    monkeypatch.setattr(preflight, "is_installed", lambda package: package != "tensorboard")
+    monkeypatch.setattr(first_look, "is_installed", lambda package: package != "wandb")
 
 
 @pytest.mark.parametrize("case", WRONG)

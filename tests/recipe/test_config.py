@@ -80,7 +80,10 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"losses": {"tau_range": [0.9, 0.1]}}, "losses: tau_range must ascend"),
         ({"losses": {"final": {"guidance_augmentation": 1.0}}}, "needs score.model"),
         ({"losses": {"consistency": 1.0}}, "consistency needs student.steps: shared"),
-        ({"training": {"turns": 10}}, r"warmup_turns \(200\) exceeds"),
+        (
+            {"training": {"turns": 10}, "losses": {"warmup_turns": 200}},
+            r"warmup_turns \(200\) exceeds",
+        ),
         ({"name": "../escape"}, "name: "),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate"),
     ],

@@ -98,7 +98,7 @@ def test_openai_client_gets_pictures_that_say_how_they_were_made() -> None:
             assert each.b64_json is not None
             with Image.open(io.BytesIO(base64.b64decode(each.b64_json))) as image:
                 assert image.info["seed"] == str(7 + index)
-                assert (image.info["prompt"], image.info["model"]) == ("a cat 猫", "s")
+                assert (image.info["Description"], image.info["model"]) == ("a cat 猫", "s")
             assert pixels(each.b64_json)[0, 0].tolist() == [7 + index, 2, 0]
 
 

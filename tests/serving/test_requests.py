@@ -49,9 +49,10 @@ def test_every_field_is_read() -> None:
     assert (asked.as_url, asked.output_compression) == (True, 40)
     assert [spec.seed for spec in asked.specs()] == [MAX_SEED, MAX_SEED + 1, MAX_SEED + 2]
     facts = asked.facts(5)
-    assert facts.pop("parameters").startswith("一只猫\nSteps: 8, Sampler: Euler, ")
+    assert facts.pop("parameters").startswith("一只猫\nNegative prompt: \nSteps: 8, ")
     assert facts == {
-        "prompt": "一只猫", "seed": "5", "steps": "8", "model": "t", "size": "32x16", "weights": "0123",
+        "Description": "一只猫", "seed": "5", "steps": "8", "model": "t", "size": "32x16",
+        "weights": "0123",
     }  # fmt: skip
 
 

@@ -18,9 +18,9 @@ from twostep.zoo import ZOO, zoo_folder
 
 # Of whole files, which caches name; whichever way the folder was made.
 FINGERPRINTS = {
-    "emoji-teacher": "fbee051e4cdb0e9f0c8e2979fa873b3999bc91a9ed4d7f1b1210fbe75fe786bf",
-    "emoji-student": "776da3923f254f8f0895837694ab3b73af4a33ad20b88a2202ff1ed29dcc2e3e",
-    "emoji-base": "5728906ce259a27e8a3fac311ded3835837805719e26fb8feaac40509aad98fe",
+    "emoji-teacher": "e5d7642dc9ed65808178de5118b7434387c201a1c25cf986bbe275d412a904c9",
+    "emoji-student": "b3fa5c1d2c90314909231be4758577b6dda8fbc332d722c9431b2af73b78221c",
+    "emoji-base": "e192075870fbbba68bd70b0a1015a591528f0aeae0c2e39ea8b2a7b78aa3c0d4",
 }
 PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import yaml
 
-from twostep.families.family import LatentSpace
-
 # As the hub has names: OWNER/NAME.
 _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _FRONT = re.compile(r"\A---\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
@@ -78,12 +76,6 @@ class Origin:
             figures=figures,
             pictures=tuple(sorted((run / "samples").glob("turn-*.png"))[-1:]),
         )
-
-    def size_for(self, space: LatentSpace) -> tuple[int, int]:
-        """What it was trained at; else the largest up to 1024 that the model has positions for."""
-        multiple = space.patch * space.scale
-        height, width = (min(1024, places * multiple) for places in space.positions)
-        return self.size or (height, width)
 
 
 def _size(height: Any, width: Any) -> tuple[int, int] | None:

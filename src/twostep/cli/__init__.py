@@ -10,14 +10,27 @@ import sys
 
 import typer
 
-from twostep.cli import check, demo, evaluate, export, pictures, recipes, schema, serve, train, vote
+from twostep.cli import (
+    check,
+    demo,
+    evaluate,
+    export,
+    pictures,
+    recipes,
+    runs,
+    schema,
+    serve,
+    train,
+    vote,
+)
+from twostep.cli.console import any_terminal
 from twostep.cli.endings import ended_by_signals, reason
 from twostep.errors import UserError
 from twostep.runtime.notices import notice
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
     help="Distil a few-step text-to-image flow model into two steps, check it, and run it.",
 )
@@ -31,6 +44,8 @@ for command in (
     vote.vote,
     demo.demo,
     recipes.recipes,
+    recipes.models,
+    runs.runs,
     check.check,
     schema.schema,
 ):  # fmt: skip
@@ -41,8 +56,9 @@ def main() -> None:
     """Entry point. Every ending is one of these, and none but our own mistakes has a traceback.
 
     0; 1 with a reason (training cannot go on, a disk refuses); 2 for what the user can mend; 130
-    after Ctrl-C and 143 after SIGTERM.
+    after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
+    any_terminal()
     try:
         _run()
     except SystemExit as ended:

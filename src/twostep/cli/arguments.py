@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twostep.errors import InputError
+from twostep.cli.console import as_typed
+from twostep.errors import InputError, ModelError
+from twostep.runtime.devices import Memory
 
 if TYPE_CHECKING:  # torch is imported by the commands alone
     import torch
 
     from twostep.models.lora_files import LoraFile
-    from twostep.runtime.devices import Memory
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="a YAML file, or zoo:NAME for one of `twostep recipes`")
@@ -24,11 +25,17 @@ RecipeArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="key=value, e.g. training.turns=500", show_default=False)
 ]
-SizeOption = Annotated[str, typer.Option(help="pixels: SIDE or WIDTHxHEIGHT")]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="pixels: SIDE or WIDTHxHEIGHT; otherwise what the model was made for",
+        show_default=False,
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:NUMBER or mps")]
 MemoryOption = Annotated[
-    str,
-    typer.Option(help="weights: plain, int8 or fp8 (half of bf16's), offload (a layer at a time)"),
+    Memory,
+    typer.Option(help="weights as they are, in 8 bits (half of bf16's), or a layer at a time"),
 ]
 DecoderOption = Annotated[
     str | None, typer.Option(help="an AutoencoderTiny for the VAE: a folder, zoo:NAME or a hub id")
@@ -41,6 +48,11 @@ PromptCacheOption = Annotated[
     Path | None, typer.Option(help="a folder that keeps encoded prompts for the next run")
 ]
 NewFolderOption = Annotated[Path, typer.Option(help="folder to write; must be empty or not there")]
+
+
+def parse_usual_size(text: str | None) -> tuple[int, int] | None:
+    """As `parse_size`; None stays None, the model's own size."""
+    return None if text is None else parse_size(text)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -75,20 +87,6 @@ def parse_model(text: str) -> tuple[str, int | None]:
     return model, int(steps)
 
 
-def parse_memory(text: str) -> Memory:
-    """How weights are held.
-
-    Raises:
-        InputError: for a way that is not known.
-    """
-    from twostep.runtime.devices import MODES
-
-    for mode in MODES:
-        if text == mode:
-            return mode
-    raise InputError(f"memory: expected one of {', '.join(MODES)}, got {text!r}")
-
-
 def parse_dtype(text: str | None) -> torch.dtype | None:
     """A type of weights.
 
@@ -112,17 +110,21 @@ def open_loras(texts: Sequence[str]) -> list[LoraFile]:
         InputError: for another kind of file or a scale that is no number.
         ModelError: for a file that is missing.
     """
-    from twostep.models.lora_files import LoraFile
     from twostep.recipe.loras import split_lora
 
-    found = []
+    named = []
     for text in texts:
         try:
-            path, scale = split_lora(text)
+            named.append(split_lora(text))
         except ValueError as error:
             raise InputError(f"--lora: {error}, got {text!r}") from error
-        found.append(LoraFile.open(Path(path), scale, option="--lora"))
-    return found
+        if not Path(named[-1][0]).is_file():
+            raise ModelError(f"--lora: no file at {named[-1][0]}")
+    if not named:
+        return []
+    from twostep.models.lora_files import LoraFile
+
+    return [LoraFile.open(Path(path), scale, option="--lora") for path, scale in named]
 
 
 def parse_device(text: str) -> torch.device:
@@ -167,7 +169,7 @@ def read_prompts(
     from twostep.data.prompts import load_prompts
 
     found: list[str] = []
-    for prompt in prompts:
+    for prompt in map(as_typed, prompts):
         lines = list(_stdin()) if prompt == "-" else [checked(prompt, "prompt")]
         found.extend(line for line in lines if line or prompt != "-")
     if file is not None:

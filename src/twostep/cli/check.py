@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from twostep.cli.console import quiet, say
+from twostep.cli.console import say
 
 
 def check(
@@ -22,7 +22,6 @@ def check(
     from twostep.distill import soundness
     from twostep.models.locate import locate
 
-    quiet()
     path = locate(folder, ()) if folder.startswith("zoo:") else Path(folder)
     for line in soundness.check(path):
         say(line)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from twostep.cli.console import note, quiet, say
+from twostep.cli.console import say, strong
 
 # Generating and judging the evaluation's sets, in units of one cached teacher sample.
 _SAMPLES_PER_EVALUATED_IMAGE = 4.5
@@ -38,24 +38,23 @@ def demo(
     from twostep.evaluation.prompts import PromptSet
     from twostep.recipe.schema import Recipe
 
-    quiet()
     started = time.monotonic()
     overrides = [f"output={out.parent}", f"name={out.name}", f"data.cache={out}/cache"]
     recipe = Recipe.load("zoo:emoji-demo", overrides)
     run = RunFolder(out)
     if run.report.exists():  # a finished demo starts anew; an interrupted one goes on
         run.clear()
-    note("[bold]1/3[/] caching the teacher's samples")
+    strong("1/3 caching the teacher's samples")
     cache = build.open_cache(recipe)
     seconds = time.monotonic() - started
     training_minutes = _minutes_left(
         minutes, spent=seconds, seconds_per_sample=seconds / len(cache), images=images
     )
     recipe = Recipe.load("zoo:emoji-demo", [*overrides, f"training.minutes={training_minutes:.2f}"])
-    note(f"[bold]2/3[/] distilling for {training_minutes:.1f} minutes")
+    strong(f"2/3 distilling for {training_minutes:.1f} minutes")
     trainer = Trainer(recipe, cache)
     student = trainer.train()
-    note("[bold]3/3[/] evaluating on held-out prompts")
+    strong("3/3 evaluating on held-out prompts")
     students = {"student": str(student), "shipped": "zoo:emoji-student"}
     request = evaluate.EvaluationRequest(
         entries=entries.list_entries(recipe.teacher.model, recipe.teacher.steps, students),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from twostep.runtime.notices import notice
+from twostep.runtime.signals import ending_signals
 
 
 class _Ended(BaseException):
@@ -17,7 +18,7 @@ class _Ended(BaseException):
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what runs inside with one line, and 130 or 143.
+    """Ctrl-C, SIGTERM and SIGHUP end what runs inside with one line, and 130, 143 or 129.
 
     Training catches both itself and saves first.
     """
@@ -29,7 +30,7 @@ def ended_by_signals() -> Iterator[None]:
 
     previous: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ending_signals():
             previous[number] = signal.signal(number, end)
     try:
         yield

@@ -14,12 +14,11 @@ from twostep.cli.arguments import (
     DeviceOption,
     MemoryOption,
     SizeOption,
-    parse_device,
-    parse_memory,
-    parse_size,
+    parse_usual_size,
 )
-from twostep.cli.console import note, quiet, say
+from twostep.cli.console import note, say, strong
 from twostep.errors import InputError
+from twostep.runtime.devices import check_device_name
 
 if TYPE_CHECKING:
     from twostep.evaluation.entries import Entry
@@ -81,7 +80,7 @@ def evaluate(
     first: Annotated[
         int | None, typer.Option(min=1, help="of the preset's prompts, to try it")
     ] = None,
-    size: SizeOption = "64",
+    size: SizeOption = None,
     halves: Annotated[int, typer.Option(min=0, help="random halves behind each interval")] = 100,
     memory: MemoryOption = "plain",
     device: DeviceOption = "auto",
@@ -92,19 +91,25 @@ def evaluate(
 
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep evaluate ...
     """
-    from twostep.distill.monitor import read_metrics
     from twostep.evaluation import entries
+
+    check_device_name(device, option="--device")
+    names = entries.short_names(model)
+    listed = entries.list_entries(reference, reference_steps, names, student_steps=steps)
+    pixels = parse_usual_size(size) or entries.usual_size(listed)
+    entries.check_size(listed, pixels)
+
+    from twostep.distill.monitor import read_metrics
     from twostep.evaluation import evaluate as evaluation
     from twostep.evaluation.baselines import parse_baseline, with_baselines
     from twostep.evaluation.prompts import PromptSet
     from twostep.inference.generate import SamplerOptions
+    from twostep.runtime.devices import pick_device
     from twostep.runtime.processes import local_device
 
-    quiet()
-    names = entries.short_names(model)
-    listed = entries.list_entries(reference, reference_steps, names, student_steps=steps)
     listed = with_baselines(listed, [parse_baseline(text) for text in baseline or ()])
-    options = SamplerOptions(memory=parse_memory(memory), device=local_device(parse_device(device)))
+    where = local_device(pick_device(device, option="--device"))
+    options = SamplerOptions(memory=memory, device=where)
     if preset is not None:
         for option, given in (("prompts", prompts != "emoji"), ("features", features),
                               ("scores", scores)):  # fmt: skip
@@ -112,7 +117,7 @@ def evaluate(
                 raise InputError(f"--{option}: a --preset has its own prompts and its own scorer")
         _benchmark(
             preset, [e for e in listed if e.kind != "naive"], out,
-            official=official, size=parse_size(size), seed=seed, first=first, options=options,
+            official=official, size=pixels, seed=seed, first=first, options=options,
         )  # fmt: skip
         return
     if official is not None or first is not None:
@@ -123,13 +128,16 @@ def evaluate(
         prompt_set = PromptSet.load(prompts, images, seeds, seed)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if len(prompt_set) < images:
+        found = len(prompt_set.prompts)
+        note(f"{len(prompt_set)} images of the {images} asked for: {found} prompts x {seeds} seeds")
     request = evaluation.EvaluationRequest(
         entries=listed,
         prompts=prompt_set,
         features=features or (["inspector"] if is_emoji else ["efficientnet-lite0"]),
         scores=scores if scores is not None else (["inspector"] if is_emoji else []),
         halves=halves,
-        size=parse_size(size),
+        size=pixels,
         options=options,
     )
     comparison = evaluation.evaluate(request, out / "images")
@@ -140,7 +148,7 @@ def evaluate(
     trained = Path(model[0])  # a student lies in its run's folder
     curves = read_metrics(trained.parent) if trained.is_dir() else []
     comparison.write(path, facts, curves=curves)
-    note(f"[bold]{comparison.verdict}[/]")
+    strong(comparison.verdict)
     say(f"report: {path.with_name('report.html')}\n        {path}")
 
 

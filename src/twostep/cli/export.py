@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,10 +13,14 @@ from twostep.cli.arguments import (
     SizeOption,
     open_loras,
     parse_dtype,
-    parse_size,
+    parse_usual_size,
     read_prompts,
 )
-from twostep.cli.console import quiet, say
+from twostep.cli.console import say
+from twostep.runtime.progress import working
+
+# Of `exports/registry.py`, which needs torch.
+Format = Literal["diffusers", "server", "lora", "comfyui", "gguf", "torch"]
 
 LicenceOption = Annotated[
     str | None,
@@ -28,11 +32,7 @@ PrivateOption = Annotated[bool, typer.Option("--private", help="on the hub, for 
 def export(
     model: Annotated[str, typer.Option(help="a two-step student: a folder, zoo:NAME or a hub id")],
     to: Annotated[
-        str,
-        typer.Option(
-            help="diffusers, server (vLLM-Omni, SGLang), lora, comfyui, gguf or torch "
-            "(torch.export)"
-        ),
+        Format, typer.Option(help="server is for vLLM-Omni and SGLang, torch is torch.export")
     ],
     out: NewFolderOption,
     teacher: Annotated[
@@ -47,7 +47,7 @@ def export(
         str | None,
         typer.Option(help="for lora: a file of prompts to compare the pictures on"),
     ] = None,
-    size: SizeOption = "64",
+    size: SizeOption = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="of the weights: float32, bfloat16 or float16; as stored without it"),
@@ -78,9 +78,16 @@ def export(
 
     Example: twostep export --model runs/x/student --to comfyui --out exported
     """
-    from twostep.exports import hub, registry
+    from twostep.models.folder import ModelFolder
 
-    quiet()
+    pixels = parse_usual_size(size)
+    student = ModelFolder.open(model)
+    student.check_student("model")
+    if pixels is not None:
+        student.latent_shape(pixels)
+    prompts = () if check is None else read_prompts((), check, option="--check")
+    with working(f"export: {model} to {to}"):
+        from twostep.exports import hub, registry
     if push is not None:
         hub.check_repo(push)
         hub.check_has_card(to)
@@ -88,9 +95,9 @@ def export(
         teacher=teacher,
         rank=rank,
         energy=energy,
-        check=() if check is None else read_prompts((), check, option="--check"),
+        check=prompts,
         base_model=base_model,
-        size=parse_size(size),
+        size=pixels,
         batch_size=batch_size,
         caption_tokens=caption_tokens,
         dtype=parse_dtype(dtype),
@@ -98,7 +105,9 @@ def export(
         weights=weights,
         merged=merged,
     )
-    for line in registry.export(model, to, out, options):
+    with working(f"export: writing {out}"):
+        lines = registry.export(model, to, out, options)
+    for line in lines:
         say(line)
     say(f"written: {out}")
     if push is not None:
@@ -118,7 +127,6 @@ def push(
     """
     from twostep.exports import hub
 
-    quiet()
     hub.prepare(folder, name, licence=licence)
     say(f"uploaded: {hub.push(folder, name, private=private)}")
 
@@ -133,10 +141,10 @@ def assemble(
 
     Example: twostep assemble --teacher TEACHER --first a.safetensors --second b/ --out student
     """
-    from twostep.exports import combine
+    with working(f"assemble: writing {out}"):
+        from twostep.exports import combine
 
-    quiet()
-    combine.assemble(teacher, first, second, out=out)
+        combine.assemble(teacher, first, second, out=out)
     say(f"written: {out}")
 
 
@@ -152,8 +160,8 @@ def average(
 
     Example: twostep average runs/a/student runs/b/student --out student
     """
-    from twostep.exports import combine
+    with working(f"average: writing {out}"):
+        from twostep.exports import combine
 
-    quiet()
-    combine.average(students, out=out)
+        combine.average(students, out=out)
     say(f"written: {out}")

@@ -16,22 +16,24 @@ from twostep.cli.arguments import (
     PromptCacheOption,
     SizeOption,
     open_loras,
-    parse_device,
-    parse_memory,
     parse_model,
-    parse_size,
+    parse_usual_size,
     read_prompts,
 )
-from twostep.cli.console import quiet
+from twostep.cli.console import as_typed
+from twostep.errors import InputError
+from twostep.runtime.devices import check_device_name
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="a folder, zoo:NAME or a hub id")],
+    model: Annotated[
+        str, typer.Option(help="a folder, zoo:NAME (see `twostep models`) or a hub id")
+    ],
     prompts: Annotated[
         list[str] | None, typer.Argument(help="prompts; - reads them from stdin, a line each")
     ] = None,
     prompts_file: Annotated[
-        str | None, typer.Option("--prompts", help="a .txt, .jsonl or .parquet file of prompts")
+        str | None, typer.Option("--prompts", help="parti, or a .txt, .jsonl or .parquet file")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("runs/pictures"),
     seed: Annotated[
@@ -40,7 +42,7 @@ def generate(
     steps: Annotated[
         int | None, typer.Option(min=1, help="a teacher's steps (8); a student has 2")
     ] = None,
-    size: SizeOption = "64",
+    size: SizeOption = None,
     count: Annotated[int, typer.Option(min=1, help="pictures per prompt, seeds ascending")] = 1,
     preview: Annotated[
         bool, typer.Option("--preview", help="also the image that a student's step 1 points to")
@@ -67,21 +69,25 @@ def generate(
     from twostep.inference import generate as making
     from twostep.runtime.progress import progress_bar
 
-    quiet()
+    model, named_steps = parse_model(model)
+    if steps is not None and named_steps not in (None, steps):
+        raise InputError(f"steps: {model}@{named_steps} names other steps, got {steps}")
+    steps = steps or named_steps
     options = making.SamplerOptions(
-        memory=parse_memory(memory),
+        memory=memory,
         tiny_decoder=decoder,
         prompt_cache=prompt_cache,
-        device=parse_device(device),
+        device=check_device_name(device, option="--device"),
     )
     request = making.PictureRequest(
         model=model, prompts=read_prompts(prompts or (), prompts_file), seed=seed, steps=steps,
-        size=parse_size(size), count=count, preview=preview, batch_size=batch_size,
+        size=parse_usual_size(size), count=count, preview=preview, batch_size=batch_size,
         options=options, loras=open_loras(lora or ()),
     )  # fmt: skip
+    prepared = making.prepare(request, out)
     pictures = []
-    with progress_bar("pictures", len(dict.fromkeys(request.prompts)) * count) as advance:
-        for picture in making.generate(request, out):
+    with progress_bar("generate", len(prepared.pictures), hidden=not prepared.missing) as advance:
+        for picture in prepared.make():
             pictures.append(picture)
             print(picture.as_json() if json_lines else picture.path, flush=True)
             advance(1)
@@ -100,7 +106,7 @@ def compare(
         int, typer.Option(min=0, max=2**63 - 1, help="seed of each prompt's first column")
     ] = 0,
     count: Annotated[int, typer.Option(min=1, help="columns per prompt, seeds ascending")] = 1,
-    size: SizeOption = "64",
+    size: SizeOption = None,
     preview: Annotated[
         bool, typer.Option("--preview", help="a row more for what a student's step 1 points to")
     ] = False,
@@ -112,9 +118,9 @@ def compare(
     """
     from twostep.inference import compare as comparing
 
-    quiet()
     path = comparing.compare(
-        [parse_model(model) for model in models], prompt, out, seed=seed, count=count,
-        size=parse_size(size), preview=preview, device=parse_device(device),
+        [parse_model(model) for model in models], [as_typed(p) for p in prompt], out,
+        seed=seed, count=count, size=parse_usual_size(size), preview=preview,
+        device=check_device_name(device, option="--device"),
     )  # fmt: skip
     print(path)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from twostep import zoo
+from twostep.cli.console import say
 from twostep.errors import InputError
 
 
@@ -30,7 +29,22 @@ def recipes(
         return
     if to is not None:
         raise InputError("to: goes with --copy NAME")
-    table = Table.grid(padding=(0, 2))
     for name in zoo.recipe_names():
-        table.add_row(f"zoo:{name}", zoo.recipe_purpose(name))
-    Console().print(table, highlight=False)
+        say(f"zoo:{name:24}  {zoo.recipe_purpose(name)}")
+
+
+def models() -> None:
+    """List the models of the package, and what the embedded world knows.
+
+    Example: twostep models
+    """
+    from twostep.emoji.scenes import BACKGROUNDS, OBJECTS
+    from twostep.models.folder import ModelFolder
+
+    for name in zoo.model_names():
+        folder = ModelFolder.open(f"zoo:{name}")
+        (height, width), *_ = folder.sizes
+        kind = "two-step student" if folder.student is not None else "teacher"
+        say(f"zoo:{name:24}  {kind}, {width}x{height}")
+    say(f"objects: {', '.join(each.name for each in OBJECTS)}")
+    say(f"backgrounds: {', '.join(BACKGROUNDS)}")

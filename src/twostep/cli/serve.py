@@ -18,9 +18,10 @@ from twostep.cli.arguments import (
     open_loras,
     parse_device,
     parse_model,
+    parse_size,
 )
-from twostep.cli.console import quiet
 from twostep.errors import InputError, missing_extra
+from twostep.runtime.devices import check_device_name
 
 if TYPE_CHECKING:
     from twostep.serving.served_model import ModelChoice
@@ -51,7 +52,10 @@ def serve(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="pixels where a request names none: SIDE or WIDTHxHEIGHT (1024)"),
+        typer.Option(
+            help="pixels where a request names none: SIDE or WIDTHxHEIGHT; otherwise "
+            "what the model was made for"
+        ),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="pictures in a batch")] = 8,
     batch_wait: Annotated[
@@ -101,6 +105,11 @@ def serve(
 
     On a cluster: RAY_ADDRESS=... twostep serve --ray --autoscale 2:8 --model runs/x/student
     """
+    check_device_name(device, option="--device")
+    if size is not None:
+        parse_size(size)
+    if demo and model:
+        raise InputError("--demo: serves the embedded models, give it or --model")
     try:
         from twostep.cli import serve_options, serve_ray
         from twostep.serving import served_model
@@ -111,7 +120,6 @@ def serve(
 
     asked = serve_options.read(context.params)
     check_open(asked.server)
-    quiet()
     ready = serve_options.say_ready
     if asked.replication is not None:
         serve_ray.serve_on_ray(asked, on_ready=ready)

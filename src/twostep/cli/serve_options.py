@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from twostep.cli.arguments import parse_memory, parse_size
-from twostep.cli.console import note
+from twostep.cli.arguments import parse_size
+from twostep.cli.console import strong
 from twostep.cli.serve import parse_choice, with_loras
 from twostep.errors import InputError
 from twostep.runtime.devices import Placement
@@ -63,7 +63,7 @@ class Asked:
         """How models are held on `device`."""
         given = self.given
         return HoldingOptions(
-            Placement.on(device, parse_memory(given["memory"])),
+            Placement.on(device, given["memory"]),
             tiny_decoder=given["decoder"],
             prompt_cache=given["prompt_cache"],
             compiled=given["compiled"],
@@ -149,4 +149,4 @@ def _found(choice: ModelChoice) -> ModelChoice:
 
 
 def say_ready(url: str) -> None:
-    note(f"ready at [bold]{url}[/]; Ctrl-C ends")
+    strong(f"ready at {url}; Ctrl-C ends")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from typing import Annotated
 
 import typer
 
 from twostep.cli.arguments import OverridesArgument, RecipeArgument
-from twostep.cli.console import alarm, quiet, say
+from twostep.cli.console import alarm, note, say
+from twostep.runtime.progress import working
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for those that torchrun started."""
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
 def teach(
@@ -23,14 +31,20 @@ def teach(
 
     Several processes share the work: torchrun --nproc-per-node 8 -m twostep teach RECIPE
     """
-    from twostep.data.cache import build
-    from twostep.planning import preflight
+    from twostep.planning.first_look import first_look
     from twostep.recipe.schema import Recipe
 
-    quiet()
     resolved = Recipe.load(recipe, overrides or ())
-    preflight.check_here(resolved, teaching=True, repair=repair)
-    build.open_cache(resolved, repair=repair)
+    first_look(resolved)
+    with working(f"teach: checking {resolved.name}", hidden=not _is_first()):
+        from twostep.data.cache import build
+        from twostep.planning import preflight
+
+        preflight.check_here(resolved, teaching=True, repair=repair)
+    cache = build.open_cache(resolved, repair=repair)
+    if _is_first():
+        say(f"cache: {cache.spec.location} ({len(cache)} samples)")
+        note(f"next: twostep distill {shlex.join([recipe, *(overrides or ())])}")
 
 
 def distill(
@@ -49,15 +63,18 @@ def distill(
 
     Example: twostep distill zoo:emoji-demo training.turns=500
     """
-    from twostep.planning import preflight
+    from twostep.planning.first_look import first_look
     from twostep.recipe.schema import Recipe
 
     resolved = Recipe.load(recipe, overrides or ())
-    quiet()
-    if ray is None:  # the machines of a cluster have disks of their own
-        preflight.check_here(resolved, fetch=not dry_run)
-    else:
-        preflight.check_plan(resolved, processes=ray)
+    first_look(resolved)
+    with working(f"distill: checking {resolved.name}", hidden=not _is_first()):
+        from twostep.planning import preflight
+
+        if ray is None:  # the machines of a cluster have disks of their own
+            preflight.check_here(resolved, fetch=not dry_run)
+        else:
+            preflight.check_plan(resolved, processes=ray)
     if dry_run:
         print(resolved.to_yaml(), end="")
         return
@@ -69,10 +86,18 @@ def distill(
         from twostep.data.cache import build
         from twostep.distill import trainer
 
-        run = trainer.Trainer(resolved, build.open_cache(resolved))
+        cache = build.open_cache(resolved)
+        with working(f"distill: loading {resolved.teacher.model}", hidden=not _is_first()):
+            run = trainer.Trainer(resolved, cache)
         folder = run.train()
         outcome = run.outcome
+    if not _is_first():
+        return
     say(f"student: {folder}")
+    if outcome is not None:
+        note(f"{outcome.in_words()}; the best is of turn {outcome.best_turn}")
+    note(f"sheets: {resolved.run_folder / 'samples'}")
+    note(f'next: twostep generate --model {shlex.quote(str(folder))} "a prompt"')
     if outcome is not None:
         for line in outcome.warnings():
             alarm(line)
@@ -97,12 +122,15 @@ def plan(
 
     Example: twostep plan zoo:z-image-turbo-lora --gpus 1 --memory 80 --tflops 400
     """
-    from twostep.planning import preflight, tables, training
+    from twostep.planning.first_look import first_look
     from twostep.recipe.schema import Recipe
 
-    quiet()
     resolved = Recipe.load(recipe, overrides or ())
-    preflight.check_plan(resolved, processes=gpus)
+    first_look(resolved, planning=True)
+    with working(f"plan: checking {resolved.name}"):
+        from twostep.planning import preflight, tables, training
+
+        roles = preflight.check_plan(resolved, processes=gpus)
     found = training.plan(
         resolved,
         processes=gpus,
@@ -110,6 +138,7 @@ def plan(
         prompt_tokens=prompt_tokens,
         tflops=tflops,
         disk_rate=disk_rate,
+        roles=roles,
     )
     if as_json:
         print(found.as_json())

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from twostep.cli.console import note, say
+from twostep.cli.console import say, strong
 from twostep.errors import missing_extra
 
 
@@ -54,7 +54,7 @@ def vote(
     box = voting.open_box(run, index)
     if not results:
         server = voting.VoteServer(index, box, keys=keys, host=host, port=port, goal=goal)
-        note(f"ready at [bold]{server.url}[/]; Ctrl-C ends")
+        strong(f"ready at {server.url}; Ctrl-C ends")
         if browser and sys.stdout.isatty():
             webbrowser.open(server.url)
         server.run()

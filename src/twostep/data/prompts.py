@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 from twostep.data.prompt_text import PromptError, check_file, checked, lines_of
-from twostep.emoji.scenes import training_scenes
 from twostep.errors import missing_extra
 from twostep.runtime.notices import notice
 
@@ -64,6 +63,16 @@ def load_prompts(
     return distinct
 
 
+def check_source(source: str, *, option: str) -> None:
+    """Raises PromptError, naming `option`, for a source that cannot be one; reads nothing."""
+    if source in ("emoji", "parti") or source.startswith(HUB):
+        return
+    try:
+        _check_kind(Path(source))
+    except PromptError as error:
+        raise PromptError(f"{option}: {error}") from error
+
+
 def _read(source: str, count: int | None, *, seed: int, column: str, split: str) -> Iterator[str]:
     """All of `source`, repetitions too; at least `count` of the embedded world's."""
     if count is None and (source == "emoji" or source.startswith(HUB)):
@@ -87,6 +96,8 @@ def _distinct(prompts: Iterator[str]) -> Iterator[str]:
 
 
 def _emoji(count: int, seed: int) -> list[str]:
+    from twostep.emoji.scenes import training_scenes
+
     scenes = training_scenes(2 * count + 64, seed)
     return [s.caption("zh" if i % 3 == 2 else "en") for i, s in enumerate(scenes)]
 
@@ -103,13 +114,17 @@ def _file(path: Path, column: str) -> Iterator[str]:
         ".jsonl": _jsonl,
         ".parquet": _parquet,
     }
-    if path.suffix not in readers:
+    _check_kind(path)
+    return readers[path.suffix](path, column)
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix not in (".txt", ".jsonl", ".parquet"):
         raise PromptError(
             "expected emoji, parti, hf:OWNER/NAME, or a .txt, .jsonl or .parquet "
             f"file, got {str(path)!r}"
         )
     check_file(path)
-    return readers[path.suffix](path, column)
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:

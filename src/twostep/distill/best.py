@@ -70,6 +70,7 @@ class BestStudent:
                     [role.lora() for role in steps if role.lora is not None],
                     teacher=spec.teacher.public_name(),
                     schedule=spec.schedule,
+                    sizes=spec.sizes,
                 )
         self.world.wait()
         return self.folder.student
@@ -79,7 +80,7 @@ class BestStudent:
         folder = self.folder.student
         name = f"{self.folder.path.name}/{folder.name}"
         origin = Origin.of(folder, teacher=spec.teacher.name, base=spec.teacher.base)
-        size = origin.size_for(spec.teacher.space)
+        size = spec.sizes[0]
         if (folder / LORA_INDEX).is_file():
             rank = rank_of(load_file(folder / f"{STEPS[0]}.safetensors"))
             card = lora_card(name, spec.schedule, origin, rank=rank, size=size)
@@ -91,7 +92,11 @@ class BestStudent:
         steps = self._steps()
         if self.world.is_first:
             write_student(
-                spec.teacher.base, steps, schedule=spec.schedule, folder=self.folder.student
+                spec.teacher.base,
+                steps,
+                schedule=spec.schedule,
+                folder=self.folder.student,
+                sizes=spec.sizes,
             )
         for _ in steps:  # the others only help to put it together
             pass

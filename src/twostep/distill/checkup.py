@@ -21,9 +21,12 @@ from twostep.evaluation.scorers import Scorer
 from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import Placement
 from twostep.runtime.distributed import World
+from twostep.runtime.notices import notice
 
 # Images behind a distance that means something.
 _ENOUGH = 6
+# As the recipe's setting says.
+_TELLING = 64
 
 
 class Checkup:
@@ -52,7 +55,13 @@ class Checkup:
         with computing():
             self.validator = Validator(recipe, roles, cache, device=device, world=world)
         # Of fewer the distance is chance, and no ground to call a run diverged.
-        if len(self.validator.reference) >= _ENOUGH:
+        seen = len(self.validator.reference)
+        if seen < _TELLING and world.is_first:
+            notice(
+                f"validation has {seen} images: fewer than {_TELLING} tell little, and the best "
+                "student may be chance; more prompts (data.prompt_count) give more"
+            )
+        if seen >= _ENOUGH:
             state.progress.start_distance = self.validator.start_distance
         self.max_non_finite = recipe.training.max_non_finite
         self.by_score = recipe.training.best_by == "score"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -63,6 +63,8 @@ class Learner:
             computing=self.computing,
         )
         self.updates = build_updates(roles, self.state, gradients)
+        # Told of each turn of fakes and critic before the student's first with them, and their sum.
+        self.on_warmup: Callable[[int, int], None] = lambda done, count: None
 
     @property
     def progress(self) -> Progress:
@@ -122,7 +124,11 @@ class Learner:
             if not warming:
                 first = progress.critic_turn == 0
                 alone = settings.critic_turns - settings.joint_turns
-                for _ in range(alone + first * settings.critic_warmup_turns):
+                warmup = settings.critic_warmup_turns if first else 0
+                for done in range(warmup):
+                    logged |= self.critic_step()
+                    self.on_warmup(done + 1, warmup)
+                for _ in range(alone):
                     logged |= self.critic_step()
             logged |= self.student_step(warming=warming)
         progress.turn += 1

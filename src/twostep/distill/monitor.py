@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twostep.runtime.files import WriteError, write_text, writing
+
+if TYPE_CHECKING:
+    from twostep.distill.trackers import Trackers
 
 # Bounds outside which a run is in trouble, and what to try (docs/method.md, failure modes).
 _ALARMS = {
@@ -24,19 +27,15 @@ _SMOOTHING = 0.9
 
 
 class Monitor:
-    """Appends records to `metrics.jsonl` (and TensorBoard), and tells when an alarm begins."""
+    """Appends records to `metrics.jsonl` and to trackers, and tells when an alarm begins."""
 
-    def __init__(self, folder: Path, tensorboard: bool, resume_at: int) -> None:
+    def __init__(self, folder: Path, resume_at: int, trackers: Trackers | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         _forget_after(self.path, resume_at)
         self._smooth: dict[str, float] = {}
         self._ringing: set[str] = set()
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at)
+        self._trackers = trackers
 
     def record(self, turn: int, values: dict[str, float]) -> list[str]:
         """Logs `values` and returns the alarms that begin with them."""
@@ -57,14 +56,18 @@ class Monitor:
             entry["alarms"] = begun
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, turn)
+        if self._trackers is not None:
+            self._trackers.log(turn, values)
         return begun
 
+    def sheet(self, turn: int, path: Path) -> None:
+        """A sample sheet, to the trackers."""
+        if self._trackers is not None and path.is_file():
+            self._trackers.sheet(turn, path)
+
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -70,6 +70,10 @@ class Outcome:
             "diverged": list(self.diverged),
         }
 
+    def in_words(self) -> str:
+        """How it went, for a line."""
+        return f"{self.turns} turns, {'diverged' if self.diverged else 'finished'}"
+
     def warnings(self) -> list[str]:
         """What should be said, a line each."""
         lines = [

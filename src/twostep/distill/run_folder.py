@@ -89,6 +89,7 @@ class RunFolder:
             return
         facts = read_facts(checkpoint)
         if "recipe" in facts:
+            facts["recipe"].get("training", {}).pop("tensorboard", None)  # is now report_to
             begun = Recipe.parse(facts["recipe"])
         elif self.recipe.exists():
             begun = Recipe.load(self.recipe)

@@ -18,6 +18,7 @@ from twostep.distill.outcome import Outcome
 from twostep.distill.progress import TurnProgress
 from twostep.distill.run_folder import RunFolder
 from twostep.distill.sharding import Sharder
+from twostep.distill.trackers import Trackers
 from twostep.distill.update import TrainingStopped
 from twostep.errors import UserError
 from twostep.evaluation.scorers import load_scorer
@@ -25,11 +26,15 @@ from twostep.recipe.schema import Recipe
 from twostep.runtime.devices import pick_device
 from twostep.runtime.distributed import World
 from twostep.runtime.processes import local_device
+from twostep.runtime.progress import working
 from twostep.runtime.signals import catch_signals
+
+# As a shell counts them.
+_EXIT_CODES = {"SIGTERM": 143, "SIGHUP": 129}
 
 
 class Interrupted(UserError):
-    """SIGTERM or Ctrl-C; the state has been saved."""
+    """SIGTERM, SIGHUP or Ctrl-C; the state has been saved."""
 
     def __init__(self, message: str, *, exit_code: int = 130) -> None:
         super().__init__(message)
@@ -68,6 +73,7 @@ class Trainer:
         )
         checkpoint = self.folder.last_checkpoint()
         self._begun_at = checkpoint
+        self._turn_started = 0.0
         if checkpoint is not None:
             self.state.load(checkpoint, self.folder.frozen)
 
@@ -94,7 +100,8 @@ class Trainer:
                     )
                 checkup = self._run()
                 self._check_learnt()
-                student = checkup.best.export(self.cache.spec)
+                with working("distil: writing the student", hidden=not self.world.is_first):
+                    student = checkup.best.export(self.cache.spec)
                 if self.world.is_first:
                     self.folder.end(self.outcome.as_dict())
                     checkup.best.describe(self.cache.spec)
@@ -126,27 +133,51 @@ class Trainer:
         settings, is_first = self.recipe.training, self.world.is_first
         if is_first:
             self.folder.describe(self.recipe, str(self.device))
-        checkup = Checkup(
-            self.recipe,
-            self.cache,
-            self.roles,
-            self.state,
-            folder=self.folder,
-            device=self.device,
-            world=self.world,
-            scorers=self.scorers,
-            computing=self.learner.computing,
-        )
         records: AbstractContextManager[Monitor | None] = nullcontext()
         if is_first:
-            records = closing(Monitor(self.folder.path, settings.tensorboard, self.learner.number))
-        bar = TurnProgress(
-            settings.turns, settings.minutes, self.recipe.score.fit_turns, hidden=not is_first
-        )
+            trackers = Trackers(self.recipe, self.folder.path) if settings.report_to else None
+            records = closing(Monitor(self.folder.path, self.learner.number, trackers))
+        bar = self._bar()
         with records as monitor, catch_signals() as caught, bar:
+            checkup = Checkup(
+                self.recipe,
+                self.cache,
+                self.roles,
+                self.state,
+                folder=self.folder,
+                device=self.device,
+                world=self.world,
+                scorers=self.scorers,
+                computing=self.learner.computing,
+            )
+            self.learner.on_warmup = lambda done, count: bar.advance(
+                self._seconds_now(),
+                turn=self.progress.turn,
+                phase=f"fakes and critic alone, {done} of {count}",
+            )
             while self.learner.share_done < 1:
                 self._one_round(checkup, monitor, bar, caught)
         return checkup
+
+    def _bar(self) -> TurnProgress:
+        """Of all that takes time, with what an earlier run did."""
+        recipe, settings, progress = self.recipe, self.recipe.training, self.progress
+        warmup = settings.critic_warmup_turns * (recipe.losses.warmup_turns < settings.turns)
+        validations = -(-settings.turns // settings.validate_every)
+        bar = TurnProgress(
+            settings.turns,
+            settings.minutes,
+            others=recipe.score.fit_turns + warmup + validations,
+            hidden=not self.world.is_first,
+        )
+        done = progress.turn + progress.score_turn + progress.turn // settings.validate_every
+        bar.begin(done + warmup * (progress.critic_turn > 0), progress.seconds)
+        bar.turn = progress.turn
+        return bar
+
+    def _seconds_now(self) -> float:
+        """Of the run, with those of the turn that is under way."""
+        return self.progress.seconds + time.monotonic() - self._turn_started
 
     def _one_round(
         self, checkup: Checkup, monitor: Monitor | None, bar: TurnProgress, caught: list[str]
@@ -156,19 +187,27 @@ class Trainer:
         fitting = self.learner.is_fitting
         with self._timed():
             values = self.learner.fit_score() if fitting else self.learner.turn()
+        name = f"fitting the score, {progress.score_turn} of {self.recipe.score.fit_turns}"
+        bar.advance(progress.seconds, turn=progress.turn, phase=name if fitting else "turns")
+        drawn = False
         (signalled,) = self.world.largest([len(caught)])
         self.state.settle(self.world)
         turn, last = self.learner.number, self.learner.share_done >= 1
         if (turn % settings.validate_every == 0 and not fitting) or last:
+            bar.phase("validation")
             with self._timed():
-                draw = last or turn % settings.sample_every == 0
-                values |= checkup(draw=draw)
+                drawn = last or turn % settings.sample_every == 0
+                values |= checkup(draw=drawn)
+            bar.advance(progress.seconds, turn=progress.turn)
         worth_a_line = turn % settings.log_every == 0 or "validation/diversity" in values
         if monitor is not None and values and worth_a_line:
+            if drawn:
+                monitor.sheet(turn, self.folder.sample_sheet(turn))
             for alarm in monitor.record(turn, values):
-                bar.print(f"[yellow]alarm[/] {alarm}")
-            bar.show(turn, progress.seconds, values)
+                bar.print(f"alarm: {alarm}")
+            bar.show(values)
         if turn % settings.save_every == 0 or last or signalled:
+            bar.phase("saving")
             beside = settings.async_saves and not (last or signalled)
             self.state.save(
                 self.folder.checkpoints, settings.keep_checkpoints, self.world, background=beside
@@ -176,7 +215,7 @@ class Trainer:
         if signalled:
             where = f"at turn {turn}" if turn > 0 or not fitting else "while the score was fitted"
             raise Interrupted(
-                exit_code=143 if "SIGTERM" in caught else 130,
+                exit_code=_EXIT_CODES.get(caught[0] if caught else "", 130),
                 message=f"stopped by {caught[0] if caught else 'another process'} {where}; "
                 "state saved. Run it again to go on",
             )
@@ -184,7 +223,7 @@ class Trainer:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         """Counts what runs inside as time of the run, the same for all processes."""
-        started = time.monotonic()
+        self._turn_started = started = time.monotonic()
         yield
         spent = self.progress.seconds + time.monotonic() - started
         (self.progress.seconds,) = self.world.largest([spent])

@@ -103,6 +103,20 @@ def list_entries(
     return result
 
 
+def usual_size(entries: Sequence[Entry]) -> tuple[int, int]:
+    """(height, width) that the first student was made for; the teacher's, where there is none."""
+    students = [entry for entry in entries if entry.kind == "student"]
+    return ModelFolder.open((students or list(entries))[0].model).sizes[0]
+
+
+def check_size(entries: Sequence[Entry], size: tuple[int, int]) -> None:
+    """Raises InputError for a model that does not take (height, width) or its number of steps."""
+    for entry in entries:
+        folder = ModelFolder.open(entry.model)
+        folder.latent_shape(size)
+        folder.count_steps(entry.steps)
+
+
 def short_names(models: Sequence[str]) -> dict[str, str]:
     """Models by name: `student` for a single one, its folder's name among several.
 

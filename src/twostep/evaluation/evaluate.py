@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from twostep.evaluation.entries import Entry
+from twostep.evaluation.entries import Entry, check_size
 from twostep.evaluation.features import Extractor, load_extractor
 from twostep.evaluation.figures import AlignedSets, Measured, figures, intervals, nested
 from twostep.evaluation.image_store import PART, ImageStore, make_images
@@ -23,14 +22,14 @@ from twostep.evaluation.report.page import write_report
 from twostep.evaluation.report.pictures import PictureGroup
 from twostep.evaluation.report.votes import read_votes
 from twostep.evaluation.report.words import verdict
-from twostep.evaluation.scorers import check_scorer, load_scorer
+from twostep.evaluation.scorers import Scorer, check_scorer, load_scorer
 from twostep.evaluation.worst import worst_pictures
 from twostep.inference.generate import SamplerOptions
 from twostep.inference.sampler import Sampler
 from twostep.runtime.files import make_folder, sweep, write_json
 from twostep.runtime.images import pictures_at_once
 from twostep.runtime.processes import Share, beat, end_beats, wait_for
-from twostep.runtime.progress import progress_bar
+from twostep.runtime.progress import progress_bar, working
 from twostep.runtime.provenance import stamp
 
 # How many columns the report's pictures have.
@@ -56,7 +55,7 @@ class EvaluationRequest:
     features: Sequence[str] = ("inspector",)
     scores: Sequence[str] = ("inspector",)
     halves: int = 100
-    size: tuple[int, int] = (64, 64)
+    size: tuple[int, int]
     timed: int = 32
     options: SamplerOptions = field(default_factory=SamplerOptions)
 
@@ -128,10 +127,7 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     """
     for name in request.scores:
         check_scorer(name, scenes=request.prompts.scenes is not None)
-    for entry in request.entries:
-        folder_of = entry.open()
-        folder_of.latent_shape(request.size)
-        folder_of.count_steps(entry.steps)
+    check_size(request.entries, request.size)
     make_folder(folder)
     for part in folder.iterdir():
         sweep(part)
@@ -162,8 +158,18 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
     end_beats(folder)
     write_index(folder, stores, PART)
 
-    console = Console(stderr=True)
-    console.print("judging", highlight=False)
+    with working("evaluate: judging"):
+        return _judged(request, stores, extractors, scorers)
+
+
+def _judged(
+    request: EvaluationRequest,
+    stores: Sequence[ImageStore],
+    extractors: Sequence[Extractor],
+    scorers: Sequence[Scorer],
+) -> Comparison:
+    """The comparison of sets that are all there; the last store is the reference."""
+    prompts, others = request.prompts, stores[-1].entry
     pictures = _read_all(stores)
     reference = pictures.pop(others)
     scores = {
@@ -180,7 +186,6 @@ def evaluate(request: EvaluationRequest, folder: Path) -> Comparison | None:
         for key, found in _all_figures(aligned[name], request.halves).items():
             result[key].setdefault("features", {})[name] = found
     if request.timed:
-        console.print("timing", highlight=False)
         for key, measured in _time(request).items():
             result[key] |= measured
     shown = min(_SHOWN, len(prompts.prompts))

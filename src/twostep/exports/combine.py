@@ -35,7 +35,9 @@ def assemble(teacher: str, first: str, second: str, *, out: Path) -> None:
     check_free(out)
     names = zip((first, second), PARTS, STEPS, strict=True)
     steps = (_fitting(folder, name, part, f"--{step}") for name, part, step in names)
-    write_student(folder.base, steps, schedule=folder.schedule(), folder=out, dtype=None)
+    write_student(
+        folder.base, steps, schedule=folder.schedule(), folder=out, dtype=None, sizes=folder.sizes
+    )
 
 
 def _fitting(teacher: ModelFolder, name: str, part: str, option: str) -> Any:
@@ -117,7 +119,14 @@ def average(students: Sequence[str], *, out: Path) -> None:
                 raise ExportError(f"{folder.name} and {folders[0].name} differ in their {name}")
     check_free(out)
     steps = (_mean(folders, part) for part in PARTS)
-    write_student(folders[0].base, steps, schedule=folders[0].schedule(), folder=out, dtype=None)
+    write_student(
+        folders[0].base,
+        steps,
+        schedule=folders[0].schedule(),
+        folder=out,
+        dtype=None,
+        sizes=folders[0].sizes,
+    )
 
 
 def _kind(folder: ModelFolder) -> dict[str, Any]:

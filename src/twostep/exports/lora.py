@@ -64,7 +64,7 @@ def export_lora(
             )
     except ValueError as error:
         raise ExportError(str(error)) from error
-    write_lora_index(out, teacher=teacher.public_name(), schedule=schedule)
+    write_lora_index(out, teacher=teacher.public_name(), schedule=schedule, sizes=student.sizes)
     if check:
         lines.append(_difference_in_pictures(student, ModelFolder.open(out), check, size))
     _write_card(out, teacher, student, rank=rank_of(weights), lines=lines)
@@ -92,7 +92,9 @@ def copy_pair(
     for step, part in zip(STEPS, PARTS, strict=True):
         weights = step_weights(student, part, dtype)
         save_lora(weights, rank_of(weights), out, f"{step}.safetensors")
-    write_lora_index(out, teacher=teacher.public_name(), schedule=student.schedule())
+    write_lora_index(
+        out, teacher=teacher.public_name(), schedule=student.schedule(), sizes=student.sizes
+    )
     rank = rank_of(weights)
     lines = [f"rank {rank}, the adapters as they were trained: nothing is lost"]
     _write_card(out, teacher, student, rank=rank, lines=lines)
@@ -129,7 +131,7 @@ def _write_card(
     out: Path, teacher: ModelFolder, student: ModelFolder, *, rank: int, lines: Sequence[str]
 ) -> None:
     origin = Origin.of(student.path, teacher=teacher.name, base=teacher.base)
-    size = origin.size_for(student.space)
+    size = student.sizes[0]
     card = lora_card(out.name, student.schedule(), origin, rank=rank, size=size, lines=lines)
     write_card(out, card, origin)
 

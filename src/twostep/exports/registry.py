@@ -39,7 +39,8 @@ class ExportOptions:
         check: for `lora`, prompts on which the files' pictures are compared with the student's.
         base_model: the teacher's id on the hub, for cards and LoRA files, where it was not opened
             by it.
-        size: (height, width) in pixels, of those pictures and of a `torch` program's.
+        size: (height, width) in pixels, of those pictures and of a `torch` program's; None: the
+            student's own.
         batch_size, caption_tokens: what a `torch` program takes.
         dtype: of the weights that are written; None: as they are stored.
         loras: LoRA files that become part of both steps.
@@ -52,7 +53,7 @@ class ExportOptions:
     energy: float | None = None
     check: Sequence[str] = ()
     base_model: str | None = None
-    size: tuple[int, int] = (64, 64)
+    size: tuple[int, int] | None = None
     batch_size: int = 1
     caption_tokens: int = 64
     dtype: torch.dtype | None = None
@@ -87,6 +88,7 @@ def export(student: str, target: str, out: Path, options: ExportOptions | None =
     folder = ModelFolder.open(student)
     folder.check_student("model")
     check_free(out)
+    options = replace(options, size=options.size or folder.sizes[0])
     folder = folder.with_loras(options.loras)
     _check_options(folder, target, options)
     with new_folder(out) as temporary:
@@ -115,6 +117,7 @@ def _check_options(student: ModelFolder, target: str, options: ExportOptions) ->
         check_gguf()
     if target not in ("lora", "torch"):
         return
+    assert options.size is not None
     student.latent_shape(options.size)
     if target == "torch":
         most = student.family.caption_tokens(student.architecture)
@@ -152,12 +155,12 @@ def _folder(
     schedule = student.schedule()
     steps = (student.stored_transformer(part, options.dtype) for part in PARTS)
     write_student(
-        student.base, steps, schedule=schedule, folder=out, dtype=None, plain_class=server
-    )
+        student.base, steps, schedule=schedule, folder=out, dtype=None,
+        plain_class=server, sizes=student.sizes,
+    )  # fmt: skip
     teacher = options.base_model or student.check_student("model").teacher
     origin = Origin.of(student.path, teacher=teacher, base=student.base)
-    size = origin.size_for(student.space)
-    card = student_card(out.name, schedule, origin, size=size, server=server)
+    card = student_card(out.name, schedule, origin, size=student.sizes[0], server=server)
     write_card(out, card, origin)
     dtype = options.dtype or stored_dtype(student.base / PARTS[0])
     if student.kind != "lora_pair" or dtype == torch.float32:
@@ -181,6 +184,7 @@ def _lora(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
         teacher = replace(teacher, name=options.base_model)
     if own is not None:
         return copy_pair(student, teacher, out, dtype=options.dtype)
+    assert options.size is not None
     return export_lora(
         student, teacher, out,
         rank=options.rank, energy=options.energy, check=options.check, size=options.size,
@@ -198,6 +202,7 @@ def _gguf(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
 
 
 def _torch(student: ModelFolder, out: Path, options: ExportOptions) -> list[str]:
+    assert options.size is not None
     return export_programs(
         student, out,
         size=options.size, batch_size=options.batch_size, caption_tokens=options.caption_tokens,

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+if TYPE_CHECKING:  # what a folder says of itself is read without torch
+    import torch
+    from torch import Tensor, nn
 
 MAX_PIXELS = 2048 * 2048
 # Captions are padded to a multiple of this; Z-Image attends to the pad tokens.
@@ -45,6 +45,10 @@ class PromptBatch:
         Raises:
             ValueError: if the list or one of its members is empty.
         """
+        import torch
+        from torch import nn
+        from torch.nn.utils.rnn import pad_sequence
+
         lengths = [len(e) for e in prompt_embeds]
         if not lengths or min(lengths) < 1:
             raise ValueError(f"prompt_embeds need at least one token each, got lengths {lengths}")
@@ -61,6 +65,9 @@ class PromptBatch:
     @staticmethod
     def cat(batches: Sequence[PromptBatch]) -> PromptBatch:
         """The batches one after another, padded to the longest."""
+        import torch
+        from torch import nn
+
         longest = max(b.embeds.shape[1] for b in batches)
         embeds = [
             nn.functional.pad(b.embeds, (0, 0, 0, longest - b.embeds.shape[1])) for b in batches
@@ -74,6 +81,8 @@ class PromptBatch:
 
     def replace(self, rows: Tensor, other: PromptBatch) -> PromptBatch:
         """These prompts, but `other`'s in the rows where `rows`, (B,) bool, is true."""
+        import torch
+
         both = PromptBatch.cat([self, other])
         (ours, theirs), (own, their_own) = both.embeds.chunk(2), both.lengths.chunk(2)
         embeds = torch.where(rows[:, None, None], theirs, ours)

@@ -19,7 +19,7 @@ def parameters_text(
     weights: str,
     loras: Sequence[LoraFile] = (),
 ) -> str:
-    """The prompt, and a line of settings in A1111's words.
+    """The prompt, an empty negative one, which ComfyUI wants, and a line of settings, as A1111's.
 
     Args:
         size: (height, width) in pixels.
@@ -43,7 +43,7 @@ def parameters_text(
     settings["Version"] = "twostep"
     names = "".join(f" <lora:{file.path.stem}:{file.scale:g}>" for file in loras)
     line = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    return f"{prompt}{names}\n{line}"
+    return f"{prompt}{names}\nNegative prompt: \n{line}"
 
 
 def _quoted(value: str) -> str:

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from twostep.families import FAMILIES
 from twostep.families.family import Family, LatentSpace, PromptBatch
-from twostep.families.zimage import ZImageVelocity
+from twostep.families.zimage_network import ZImageVelocity
 from twostep.inference.stock_call import StepCallback, StepEnd, VaeMemory, lora_scale, warn_of_fixed
 from twostep.method.rollout import VelocityField, first_step, second_step
 from twostep.method.schedule import Schedule
@@ -34,6 +34,7 @@ from twostep.models.lora_files import read_lora
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
 from twostep.models.standalone_pipeline import StepLoras
 from twostep.models.student import CLASS_NAME, STANDALONE
+from twostep.models.student_index import read_sizes, sizes_text
 from twostep.models.velocity import bind
 from twostep.runtime.checksums import NAME as CHECKSUMS
 
@@ -68,13 +69,14 @@ class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
         transformer_2: ZImageVelocity | ZImageTransformer2DModel,
         step2_sigma: float = 0.75,
         transition: str = "euler",
+        sizes: str = "",
     ) -> None:
         # At once, before anything is hung on their forward.
         family = FAMILIES[type(transformer).__name__]
         transformer, transformer_2 = map(family.as_velocity, (transformer, transformer_2))
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
         self.register_modules(transformer_2=transformer_2)
-        self.register_to_config(step2_sigma=step2_sigma, transition=transition)
+        self.register_to_config(step2_sigma=step2_sigma, transition=transition, sizes=sizes)
         most = min(MAX_TOKENS, family.caption_tokens(transformer.config))
         self.encoder = PromptEncoder(tokenizer, text_encoder, cache_size=256, max_tokens=most)
 
@@ -100,6 +102,7 @@ class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
                 wanted = by_part.get(name, by_part.get("default", torch.float32))
                 options[name] = folder.stored_transformer(name, wanted)
             options |= {"step2_sigma": index.step2_sigma, "transition": index.transition}
+        options.setdefault("sizes", sizes_text(folder.sizes))
         pipe: TwoStepPipeline = super().from_pretrained(folder.base, **options)
         return pipe
 
@@ -165,7 +168,8 @@ class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
 
         Args:
             prompt: one or more prompts; or give `prompt_embeds`, one (tokens, D) tensor each.
-            height, width: pixels, multiples of twice the VAE's scale.
+            height, width: pixels, multiples of twice the VAE's scale; None: what the model was made
+                for.
             num_inference_steps, sigmas, guidance_scale, negative_prompt, negative_prompt_embeds:
                 fixed (2, the student's own, 0, none): others are warned about and ignored, and so
                 the two `cfg_` arguments, which shape guidance, have nothing to do.
@@ -255,12 +259,15 @@ class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
         return self._family().latent_space(self.transformer.config, self.vae_scale_factor)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """By default the largest up to 1024, as in diffusers, that the model has positions for."""
+        """By default what the student says that it was made for; else the largest up to 1024, as
+        in diffusers, that the model has positions for."""
         space = self._space()
-        most = [places * space.patch * space.scale for places in space.positions]
+        places = [each * space.patch * space.scale for each in space.positions]
+        said = read_sizes(self.config.sizes)
+        usual = said[0] if said else (min(1024, places[0]), min(1024, places[1]))
         return (
-            min(1024, most[0]) if height is None else height,
-            min(1024, most[1]) if width is None else width,
+            usual[0] if height is None else height,
+            usual[1] if width is None else width,
         )
 
     def _encode(self, prompt: str | list[str] | None, most: int) -> list[Tensor]:

@@ -10,14 +10,17 @@ sigma is a float or a tensor (B,).
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
-Sigma = float | Tensor
+if TYPE_CHECKING:  # a schedule is read without torch
+    from torch import Tensor
+
+Sigma: TypeAlias = "float | Tensor"
 
 
 def _like(sigma: Sigma, latents: Tensor) -> Sigma:
     """(B,) to (B, 1, ..., 1), so that it broadcasts against `latents`."""
-    if isinstance(sigma, Tensor) and sigma.ndim == 1:
+    if not isinstance(sigma, int | float) and sigma.ndim == 1:
         return sigma.view(-1, *[1] * (latents.ndim - 1))
     return sigma
 

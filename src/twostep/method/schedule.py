@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from twostep.method.flow import shift_sigma, unshift_sigma
+
+if TYPE_CHECKING:  # a schedule is read without torch
+    import torch
+    from torch import Tensor
 
 # How step 2 gets its latents: an Euler step on from step 1, or fresh noise on what it points to.
 Transition = Literal["euler", "renoise"]
@@ -87,9 +88,11 @@ class Schedule:
         bounds: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """`count` noise levels within `bounds`: uniform before the time shift. (count,), fp32."""
+        import torch
+
         low, high = bounds
         start, end = (float(unshift_sigma(bound, self.shift)) for bound in bounds)
         uniform = torch.rand(count, generator=generator)
         shifted = shift_sigma(start + (end - start) * uniform, self.shift)
-        assert isinstance(shifted, Tensor)
+        assert isinstance(shifted, torch.Tensor)
         return shifted.clamp(low, high)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from twostep.errors import ModelError
 from twostep.families.loading import complete
-from twostep.models.foreign import check_folder, named, read_object
-from twostep.models.locate import locate
+from twostep.models.foreign import named
+from twostep.models.tiny_decoders import tiny_folder
 from twostep.runtime.images import pictures_at_once
 
 # One picture of 1024 x 1024, which takes about 2 GB in bf16 on its way through the VAE.
@@ -50,15 +50,7 @@ class Decoder:
         Raises:
             ModelError: if there is none, or it is made for other latents.
         """
-        folder = locate(name, ("*.json", "*.safetensors"))
-        check_folder(folder)
-        config = folder / "config.json"
-        found = read_object(config) if config.is_file() else {}
-        if found.get("_class_name") != "AutoencoderTiny":
-            raise ModelError(
-                f"decoder: {name} must hold an AutoencoderTiny, "
-                f"its config.json says {found.get('_class_name')}"
-            )
+        folder = tiny_folder(name)
         with named(folder):
             loaded = AutoencoderTiny.from_pretrained(
                 folder,

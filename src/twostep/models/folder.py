@@ -10,31 +10,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from twostep.errors import InputError, ModelError
 from twostep.families import FAMILIES
 from twostep.families.family import Family, LatentSpace
 from twostep.method.schedule import Schedule
-from twostep.models.adapters import load_lora_pair
-from twostep.models.codec import Decoder
 from twostep.models.configurations import check_configurations
 from twostep.models.foreign import check_finite, check_folder, named
 from twostep.models.locate import WEIGHTS, Hub, locate
-from twostep.models.lora_files import LoraFile, add_loras, check_loras
-from twostep.models.offload import place
-from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
-from twostep.models.student import PARTS, STEPS, StudentIndex, read_json
+from twostep.models.student_index import PARTS, STEPS, Size, StudentIndex, read_json
 from twostep.models.teachers import find_teacher
-from twostep.models.transformer import stored_transformer
-from twostep.models.velocity import Velocity
 from twostep.runtime.checksums import folder_fingerprint, verify
-from twostep.runtime.devices import Placement
 from twostep.runtime.known_folders import remember
 
+if TYPE_CHECKING:  # what reads weights is imported with the first of them
+    import torch
+    from torch import nn
+
+    from twostep.models.codec import Decoder
+    from twostep.models.lora_files import LoraFile
+    from twostep.models.prompt_encoder import PromptEncoder
+    from twostep.models.velocity import Velocity
+    from twostep.runtime.devices import Placement
+
+# What diffusers writes as a VAE's sample_size unless told; Z-Image's own side.
+_UNSAID, _SIDE = 32, 1024
 _PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
 
@@ -92,6 +93,10 @@ class ModelFolder:
         Raises:
             ModelError: for a file that does not fit it; no weights of the model are read.
         """
+        if not files:
+            return self
+        from twostep.models.lora_files import check_loras
+
         check_loras(files, self.family, self.base)
         return replace(self, loras=(*self.loras, *files))
 
@@ -116,6 +121,23 @@ class ModelFolder:
         """Where its images live."""
         scale = 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
         return self.family.latent_space(self.architecture, scale)
+
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """(height, width) of the pictures that it was made for, the usual one first.
+
+        As a student says; of others the VAE's `sample_size`, and 1024 where that is diffusers'
+        default, as far as the model has positions.
+        """
+        if self.student is not None and self.student.sizes:
+            return self.student.sizes
+        said = self.config("vae").get("sample_size")
+        side = said if isinstance(said, int) and said not in (True, _UNSAID) and said > 0 else _SIDE
+        multiple = self.space.patch * self.space.scale
+        height, width = (
+            max(multiple, min(side // multiple, most) * multiple) for most in self.space.positions
+        )
+        return ((height, width),)
 
     def schedule(self, size: tuple[int, int] | None = None) -> Schedule:
         """Its noise levels for pictures of `size` (height, width); a teacher's own two-step ones.
@@ -211,11 +233,18 @@ class ModelFolder:
 
     def add_loras(self, model: nn.Module) -> None:
         """Adds its LoRA files to the weights of one of its transformers, in place."""
-        add_loras(model, self.loras, self.family, self.base)
+        if self.loras:
+            from twostep.models.lora_files import add_loras
+
+            add_loras(model, self.loras, self.family, self.base)
 
     def velocities(self, placement: Placement) -> tuple[Velocity, ...]:
         """Its steps, one for a teacher and two for a student, on their device."""
+        from twostep.models.offload import place
+
         if self.kind == "lora_pair":
+            from twostep.models.adapters import load_lora_pair
+
             model = self.load("transformer", placement.dtype)
             with named(self.path):
                 steps: tuple[Velocity, ...] = load_lora_pair(
@@ -234,6 +263,8 @@ class ModelFolder:
         self.check_student("step")
         if self.kind == "lora_pair":
             return self.velocities(placement)[step]
+        from twostep.models.offload import place
+
         model = self.load(PARTS[step], placement.dtype)
         place([model], placement)
         velocity: Velocity = model
@@ -241,6 +272,9 @@ class ModelFolder:
 
     def stored_transformer(self, part: str, dtype: torch.dtype | None = None) -> Any:
         """A transformer as diffusers has it, LoRA files merged; `dtype` None: as it is stored."""
+        from twostep.models.lora_files import add_loras
+        from twostep.models.transformer import stored_transformer
+
         loras, stored = list(self.loras), part
         if self.kind == "lora_pair":
             loras, stored = [self.step_file(part), *loras], PARTS[0]
@@ -251,6 +285,8 @@ class ModelFolder:
 
     def step_file(self, part: str) -> LoraFile:
         """Of a student of two LoRA files, the one for `part`."""
+        from twostep.models.lora_files import LoraFile
+
         file = self.path / f"{STEPS[PARTS.index(part)]}.safetensors"
         return LoraFile.open(file, option="model")
 
@@ -262,6 +298,8 @@ class ModelFolder:
         prompt_cache: Path | None = None,
     ) -> PromptEncoder:
         """Its prompt encoder; weights are read when they are needed."""
+        from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
+
         most = self.family.caption_tokens(self.architecture)
         encoder = PromptEncoder.load(
             self.base, placement.dtype, cache_size, prompt_cache, max_tokens=min(most, MAX_TOKENS)
@@ -270,6 +308,10 @@ class ModelFolder:
 
     def decoder(self, placement: Placement, tiny: str | None = None) -> Decoder:
         """Its VAE, or the `AutoencoderTiny` that `tiny` names in its place."""
+        import torch
+
+        from twostep.models.codec import Decoder
+
         decoder = Decoder.load(self.base, placement.dtype)
         if tiny is not None:
             decoder = Decoder.load_tiny(tiny, decoder, placement.dtype)
@@ -283,7 +325,10 @@ def _family(base: Path) -> Family:
     """The family of a diffusers folder."""
     missing = [part for part in _PARTS if not (base / part).exists()]
     if missing:
-        raise ModelError(f"{base} is no whole diffusers folder: missing {', '.join(missing)}")
+        inside = [n for n in ("student", "diffusers") if (base / n / "model_index.json").is_file()]
+        inside += [n for n in ("student",) if (base / n / "twostep.json").is_file()]
+        hint = f"; did you mean {base / inside[0]}?" if inside else ""
+        raise ModelError(f"{base} is no whole diffusers folder: missing {', '.join(missing)}{hint}")
     index = read_json(base / "model_index.json")
     unnamed = [part for part in _PARTS[1:] if part not in index]
     if unnamed:

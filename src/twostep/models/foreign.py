@@ -12,13 +12,13 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from twostep.errors import ModelError
 from twostep.zoo import ZOO
+
+if TYPE_CHECKING:  # a folder is looked at without torch
+    from torch import nn
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "transformer_2", "vae")
 # A header of a thousand tensors has 100 kB; a JSON file of a tokenizer 10 MB.
@@ -78,9 +78,13 @@ def check_header(path: Path) -> None:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """What goes wrong while a library reads `path`, as a ModelError that names it."""
+    """What goes wrong while a library reads `path`, as a ModelError that names it.
+
+    Inside, the libraries show no bars of their own for each file that they open.
+    """
     try:
-        yield
+        with _without_bars():
+            yield
     except ModelError:
         raise
     except MemoryError:
@@ -90,7 +94,28 @@ def named(path: Path) -> Iterator[None]:
         raise ModelError(f"{path} cannot be loaded: {said}") from error
 
 
-@torch.no_grad()
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [
+        log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()
+    ]
+    for log in shown:
+        log.disable_progress_bar()
+    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    for log, _ in levels:  # what they warn of in weights we refuse ourselves, in a line
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, level in levels:
+            log.set_verbosity(level)
+        for log in shown:
+            log.enable_progress_bar()
+
+
 def check_finite(module: nn.Module, path: Path) -> None:
     """Raises ModelError, naming the first, if weights that were read hold NaN or infinity.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twostep.errors import ModelError
-from twostep.zoo import zoo_folder
+from twostep.zoo import model_names, zoo_folder
 
 # Pickled weights are never fetched, let alone opened.
 WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.safetensors", "README.md")
@@ -74,4 +74,5 @@ def locate(name: str, patterns: Sequence[str] = WEIGHTS, hub: Hub | None = None)
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _fetch(name, tuple(patterns), hub or Hub())
-    raise ModelError(f"no model folder at {name!r}")
+    hint = f"; did you mean zoo:{name}?" if name in model_names() else ""
+    raise ModelError(f"no model folder at {name!r}{hint}")

@@ -106,10 +106,11 @@ class TwoStepPipeline(StepLoras, ZImagePipeline):
         transformer_2: ZImageTransformer2DModel,
         step2_sigma: float = 0.75,
         transition: str = "euler",
+        sizes: str = "",
     ) -> None:
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
         self.register_modules(transformer_2=transformer_2)
-        self.register_to_config(step2_sigma=step2_sigma, transition=transition)
+        self.register_to_config(step2_sigma=step2_sigma, transition=transition, sizes=sizes)
 
     @torch.no_grad()
     def __call__(
@@ -246,14 +247,16 @@ class TwoStepPipeline(StepLoras, ZImagePipeline):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _sides(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The size, by default the largest up to 1024 that the model has positions for."""
-        sides = []
+        """The size, by default what the folder says that the student was made for, or the largest
+        up to 1024 that the model has positions for."""
+        sides, said = [], (self.config.sizes.split() or [""])[0].partition("x")
+        usual = {"width": int(said[0] or 1024), "height": int(said[2] or 1024)}
         places = self.transformer.config.axes_lens[1:]
         for name, side, most in zip(("height", "width"), (height, width), places, strict=True):
             most *= 2 * self.vae_scale_factor
             if side is not None and side > most:
                 raise ValueError(f"{name} must be at most {most} for this model, got {side}")
-            sides.append(side or min(1024, most))
+            sides.append(side or min(usual[name], most))
         return sides[0], sides[1]
 
     def _most_tokens(self) -> int:

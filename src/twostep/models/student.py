@@ -1,26 +1,19 @@
-"""The format of a two-step student, read and written: two transformers, or two LoRA files.
-
-Two transformers: a diffusers folder whose `model_index.json` also has `transformer_2`,
-`step2_sigma` and `transition`. Two LoRA files: `first.safetensors`, `second.safetensors` and
-`twostep.json`, which names the model they belong to.
-"""
+"""A two-step student, written: two transformers, or two LoRA files (`student_index.py`)."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from twostep.errors import ExportError, ModelError
+from twostep.errors import ExportError
 from twostep.method.schedule import Schedule
-from twostep.models.foreign import read_object
 from twostep.models.lora_files import rank_of, save_lora
+from twostep.models.student_index import LORA_INDEX, PARTS, STEPS, Size, read_json, sizes_text
 from twostep.models.transformer import transformer_with
 from twostep.runtime.checksums import write_checksums
 from twostep.runtime.files import new_folder, write_json
@@ -29,98 +22,8 @@ from twostep.runtime.files import new_folder, write_json
 # ZImagePipeline, diffusers then refuses to load it instead of dropping the second transformer.
 CLASS_NAME = ["pipeline", "TwoStepPipeline"]
 STANDALONE = Path(__file__).with_name("standalone_pipeline.py")
-LORA_INDEX = "twostep.json"
-STEPS = ("first", "second")
-PARTS = ("transformer", "transformer_2")
 # What is copied of a teacher's other parts.
 _COPIED = {".json", ".jinja", ".txt", ".safetensors", ".model"}
-
-
-@dataclass(frozen=True)
-class StudentIndex:
-    """What a student's folder says of itself.
-
-    Attributes:
-        kind: two transformers, or two LoRA files.
-        step2_sigma, transition: as in `Schedule`.
-        teacher: of LoRA files, the model that they belong to: `zoo:NAME`, a hub id, or the last
-            name of a folder.
-        teacher_sha256: of such a folder, its fingerprint. Files of earlier versions hold its path.
-    """
-
-    kind: Literal["student", "lora_pair"]
-    step2_sigma: float
-    transition: Any
-    teacher: str | None = None
-    teacher_sha256: str | None = None
-
-    @staticmethod
-    def read(folder: Path) -> StudentIndex | None:
-        """None if the folder is no student.
-
-        Raises:
-            ModelError: if it is one, but its index cannot be used or a file is missing.
-        """
-        path = folder / LORA_INDEX
-        if path.is_file():
-            return _read_lora_index(path)
-        path = folder / "model_index.json"
-        index = read_json(path) if path.is_file() else {}
-        if "transformer_2" not in index:
-            if (folder / "transformer_2").exists():
-                raise ModelError(f"{path} does not name the folder's transformer_2")
-            return None
-        configs = [read_json(folder / part / "config.json") for part in PARTS]
-        for config in configs:
-            config.pop("_name_or_path", None)
-        if configs[0] != configs[1]:
-            raise ModelError(f"{folder}: the configurations of its two transformers differ")
-        if "step2_sigma" not in index:
-            raise ModelError(f"{path} has transformer_2 but no step2_sigma")
-        return _checked(path, "student", index["step2_sigma"], index.get("transition", "euler"))
-
-
-def _read_lora_index(path: Path) -> StudentIndex:
-    files = [path.with_name(f"{step}.safetensors") for step in STEPS]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ModelError(f"{path.parent} lacks {', '.join(missing)}")
-    try:
-        index = read_json(path)
-        values = index["step2_sigma"], index["transition"], str(index["teacher"])
-    except (KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path}: expected teacher, step2_sigma and transition, got {error!r}"
-        ) from error
-    found = _checked(path, "lora_pair", *values)
-    sha256 = index.get("teacher_sha256")
-    if sha256 is None:
-        return found
-    if not isinstance(sha256, str) or Path(found.teacher).name != found.teacher:
-        raise ModelError(
-            f"{path}: with teacher_sha256, teacher must be the name of a folder, "
-            f"got {found.teacher[:100]!r}"
-        )
-    return replace(found, teacher_sha256=sha256)
-
-
-def _checked(path: Path, kind: Any, sigma: Any, transition: Any, teacher: Any = None) -> Any:
-    try:
-        if not 0 < float(sigma) < 1:
-            raise ValueError(f"step2_sigma must be above 0 and below 1, got {sigma!r}")
-        Schedule(1.0, float(sigma), transition)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    return StudentIndex(kind, float(sigma), transition, teacher)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file of a model folder.
-
-    Raises:
-        ModelError: if it is missing or no JSON object.
-    """
-    return read_object(path)
 
 
 def check_free(out: Path) -> None:
@@ -139,9 +42,12 @@ def save_student(
     schedule: Schedule,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
+    sizes: Sequence[Size] = (),
 ) -> None:
     """As `write_student`, of two transformers that are in memory."""
-    write_student(teacher, (first, second), schedule=schedule, folder=folder, dtype=dtype)
+    write_student(
+        teacher, (first, second), schedule=schedule, folder=folder, dtype=dtype, sizes=sizes
+    )
 
 
 def write_student(
@@ -152,6 +58,7 @@ def write_student(
     folder: Path,
     dtype: torch.dtype | None = torch.bfloat16,
     plain_class: bool = False,
+    sizes: Sequence[Size] = (),
 ) -> None:
     """Writes a student as a diffusers folder: the teacher's parts and two transformers.
 
@@ -163,6 +70,7 @@ def write_student(
         dtype: of the weights; None: as they are.
         plain_class: names the pipeline's class by a string, as servers want it; a plain
             `ZImagePipeline` then opens the folder without its second transformer.
+        sizes: as in `StudentIndex`.
 
     Raises:
         WriteError: if the disk refuses.
@@ -183,6 +91,8 @@ def write_student(
         index["transformer_2"] = index["transformer"]
         index["step2_sigma"] = schedule.step2_sigma
         index["transition"] = schedule.transition
+        if sizes:
+            index["sizes"] = sizes_text(sizes)
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for path in temporary.glob("*/*config.json"):
             _forget_places(path)
@@ -219,6 +129,7 @@ def write_lora_pair(
     *,
     teacher: tuple[str, str | None],
     schedule: Schedule,
+    sizes: Sequence[Size] = (),
 ) -> None:
     """Writes a student of two LoRA files.
 
@@ -226,16 +137,23 @@ def write_lora_pair(
         folder: replaced if it exists, at the very end.
         pair: each step's matrices, as `save_lora` takes them.
         teacher: its name and fingerprint, as in `StudentIndex`.
+        sizes: as in `StudentIndex`.
     """
     with new_folder(folder) as temporary:
         for step, weights in zip(STEPS, pair, strict=True):
             _check_written(weights, f"{folder}: {step}")
             save_lora(weights, rank_of(weights), temporary, f"{step}.safetensors")
-        write_lora_index(temporary, teacher=teacher, schedule=schedule)
+        write_lora_index(temporary, teacher=teacher, schedule=schedule, sizes=sizes)
         write_checksums(temporary)
 
 
-def write_lora_index(folder: Path, *, teacher: tuple[str, str | None], schedule: Schedule) -> None:
+def write_lora_index(
+    folder: Path,
+    *,
+    teacher: tuple[str, str | None],
+    schedule: Schedule,
+    sizes: Sequence[Size] = (),
+) -> None:
     """Makes a folder of two LoRA files a student of `teacher`, its name and fingerprint."""
     name, sha256 = teacher
     index = {
@@ -244,4 +162,6 @@ def write_lora_index(folder: Path, *, teacher: tuple[str, str | None], schedule:
         "step2_sigma": schedule.step2_sigma,
         "transition": schedule.transition,
     }
+    if sizes:
+        index["sizes"] = sizes_text(sizes)
     write_json(folder / LORA_INDEX, index)

@@ -10,7 +10,7 @@ import yaml
 
 from twostep.errors import ModelError
 from twostep.models.locate import WEIGHTS, Hub, locate
-from twostep.models.student import StudentIndex
+from twostep.models.student_index import StudentIndex
 from twostep.runtime.checksums import folder_fingerprint
 from twostep.runtime.known_folders import recall, remember
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -84,6 +85,38 @@ def generation_needs(
     folder = open_weightless(model)
     shape = (batch_size, *folder.space.shape(*size))
     width = folder.family.caption_width(folder.architecture)
+    parts = _parts(model, steps, memory=memory, rank=rank, dtype=dtype)
+    with torch.no_grad(), ShapesOnly():
+        prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * batch_size)
+        noise = torch.randn(shape)
+        with live_bytes() as rolling:
+            first, second = (bind(velocity, prompts) for velocity in parts.steps)
+            two_step(first, second, noise, folder.schedule())
+        with live_bytes() as decoding:
+            parts.decoder.decode(noise)
+        return GenerationNeeds(
+            text_encoder=parts.text_encoder,
+            transformers=parts.transformers,
+            decoder=weight_bytes(parts.decoder.vae),
+            steps=rolling.peak,
+            decoding=decoding.peak,
+        )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A student without weights; bytes of its text encoder and transformers."""
+
+    steps: tuple[Velocity, Velocity]
+    decoder: Decoder
+    text_encoder: int
+    transformers: int
+
+
+@lru_cache(maxsize=1)
+def _parts(model: str, steps: Steps, *, memory: Memory, rank: int, dtype: torch.dtype) -> _Parts:
+    """Made once for all batch sizes."""
+    folder = open_weightless(model)
     # On the meta device first: what shapes alone begin as stays on its device.
     networks = [
         load_weightless(folder, "transformer", dtype) for _ in range(1 + (steps == "two_sets"))
@@ -92,6 +125,7 @@ def generation_needs(
         first, second = _steps(networks, rank)
     vae = vae_without_weights(folder)
     with torch.no_grad(), ShapesOnly():
+        text_encoder = weight_bytes(text_encoder_of(folder, dtype))
         for network in networks:
             make_fake(network, dtype)
             if memory == "int8":
@@ -101,21 +135,8 @@ def generation_needs(
         held = weight_bytes(*networks)
         if memory == "offload":
             held = _largest_neighbours(networks[0])
-        prompts = PromptBatch.collate([torch.randn(prompt_tokens, width)] * batch_size)
-        noise = torch.randn(shape)
-        with live_bytes() as rolling:
-            two_step(bind(first, prompts), bind(second, prompts), noise, folder.schedule())
         make_fake(vae, dtype)
-        decoder = Decoder(vae)
-        with live_bytes() as decoding:
-            decoder.decode(noise)
-        return GenerationNeeds(
-            text_encoder=weight_bytes(text_encoder_of(folder, dtype)),
-            transformers=held,
-            decoder=weight_bytes(decoder.vae),
-            steps=rolling.peak,
-            decoding=decoding.peak,
-        )
+    return _Parts((first, second), Decoder(vae), text_encoder=text_encoder, transformers=held)
 
 
 def _steps(networks: list[Any], rank: int) -> tuple[Velocity, Velocity]:

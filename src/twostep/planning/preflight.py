@@ -6,7 +6,6 @@ refused in seconds, not after the teacher's hours.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from twostep.data.cache.differences import another_recipe
 from twostep.data.cache.spec import CacheSpec, check_sizes
 from twostep.data.cache.store import is_url
 from twostep.data.real_images import check_reals
@@ -25,6 +25,7 @@ from twostep.errors import RecipeError
 from twostep.evaluation.scorers import check_scorer
 from twostep.models.folder import ModelFolder
 from twostep.planning.disk import cache_bytes, student_bytes
+from twostep.planning.first_look import check_packages, is_here
 from twostep.planning.memory import check_memory
 from twostep.planning.places import Need, check_apart, check_place, check_space
 from twostep.planning.roles import plan_roles
@@ -38,8 +39,11 @@ from twostep.runtime.processes import Share
 _CAPTION_TOKENS = 64
 
 
-def check_plan(recipe: Recipe, *, processes: int = 1) -> None:
+def check_plan(recipe: Recipe, *, processes: int = 1) -> Roles:
     """What can be known of a recipe without this machine's disks, weights or prompts.
+
+    Returns:
+        Its roles, on the meta device.
 
     Raises:
         RecipeError, ModelError: naming the setting, its value and what is allowed.
@@ -50,7 +54,7 @@ def check_plan(recipe: Recipe, *, processes: int = 1) -> None:
     divide_batch(
         recipe.training.batch_size, processes=processes, micro_batch=recipe.training.micro_batch
     )
-    _roles(recipe, folder)
+    return _roles(recipe, folder)
 
 
 def check_here(
@@ -68,12 +72,12 @@ def check_here(
             allowed.
     """
     device = pick_device(recipe.training.device)
-    _check_packages(recipe)
+    check_packages(recipe)
     if recipe.data.reals != "teacher":
         check_reals(Path(recipe.data.reals))
     for name in recipe.training.validation_scores:
         check_scorer(name, scenes=False, option="training.validation_scores")
-    if not fetch and not _is_here(recipe.teacher.model):
+    if not fetch and not is_here(recipe.teacher.model):
         check_plan(recipe, processes=Share.here().size)
         _check_places(recipe, None)
         return
@@ -97,11 +101,6 @@ def check_here(
             spec.fingerprint,
         )
     _check_space(recipe, spec, roles, teaching=teaching)
-
-
-def _is_here(model: str) -> bool:
-    """Whether a model's name cannot mean one of the hub's."""
-    return model.startswith("zoo:") or Path(model).is_dir() or model.count("/") != 1
 
 
 def _roles(recipe: Recipe, folder: ModelFolder) -> Roles:
@@ -143,18 +142,6 @@ def _check_adapters(recipe: Recipe, folder: ModelFolder) -> None:
         )
 
 
-def is_installed(package: str) -> bool:
-    """Whether a package could be imported; it is not."""
-    return importlib.util.find_spec(package) is not None
-
-
-def _check_packages(recipe: Recipe) -> None:
-    if recipe.training.tensorboard and not is_installed("tensorboard"):
-        raise RecipeError(
-            "training.tensorboard: true needs the package tensorboard, which is not installed"
-        )
-
-
 def _check_places(recipe: Recipe, teacher: ModelFolder | None) -> None:
     run = RunFolder(recipe.run_folder)
     cache = None if is_url(recipe.data.cache) else Path(recipe.data.cache)
@@ -181,14 +168,12 @@ def _check_cache(spec: CacheSpec) -> None:
     if spec.store.is_remote or not manifest.is_file():
         return
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
+        said = json.loads(manifest.read_text(encoding="utf-8"))
+        found = said["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # said where the cache is opened
     if found != spec.fingerprint:
-        raise RecipeError(
-            f"data.cache: {spec.location} was made with another teacher, schedule or prompt set: "
-            "run `twostep teach --repair`, or name another data.cache"
-        )
+        raise RecipeError(another_recipe(spec, said))
 
 
 def _check_space(recipe: Recipe, spec: CacheSpec, roles: Roles, *, teaching: bool) -> None:

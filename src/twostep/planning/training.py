@@ -14,6 +14,7 @@ import torch
 from twostep.data.cache.spec import recipe_schedule
 from twostep.distill.batches import divide_batch
 from twostep.distill.objectives.build import build_roles
+from twostep.distill.objectives.roles import Roles
 from twostep.distill.objectives.turns import Objectives
 from twostep.planning.checking import count_decoding, count_forward, count_validation
 from twostep.planning.disk import cache_bytes, comfyui_host_bytes, pair_bytes, student_bytes
@@ -49,6 +50,8 @@ def plan(
     prompt_tokens: int = 128,
     tflops: float | None = None,
     disk_rate: float = 1.0,
+    *,
+    roles: Roles | None = None,
 ) -> TrainingPlan:
     """Works out what `recipe` needs at every stage.
 
@@ -58,6 +61,7 @@ def plan(
         prompt_tokens: length of a caption, in tokens.
         tflops: achieved rate of each process, in 1e12 operations per second.
         disk_rate: in 1e9 bytes per second.
+        roles: the recipe's on the meta device, if they were built already; they are used up.
 
     Raises:
         RecipeError, ModelError: for a recipe that cannot run.
@@ -69,7 +73,7 @@ def plan(
     fitted, warmed = recipe.score.fit_turns > 0, recipe.losses.warmup_turns > 0
     counted = 2 + fitted + warmed + (recipe.training.joint_turns > 0) + 8
     with progress_bar("plan", counted) as advance:
-        needs = measure(recipe, processes, prompt_tokens, advance=advance)
+        needs = measure(recipe, processes, prompt_tokens, roles=roles, advance=advance)
         with ShapesOnly():
             teaching = [encoding_stage(recipe, folder, prompt_tokens, disk=cache)]
             advance(1)
@@ -105,14 +109,16 @@ def measure(
     processes: int,
     prompt_tokens: int,
     *,
+    roles: Roles | None = None,
     advance: Advance = lambda _: None,
 ) -> Needs:
     """Builds the roles without weights, runs their turns and what comes due between them."""
     folder = open_weightless(recipe.teacher.model)
     recipe, rows = _as_counted(recipe, processes)
     settings = recipe.training
-    with torch.device("meta"):
-        roles = build_roles(recipe, folder, device=CPU, load=load_weightless)
+    if roles is None:
+        with torch.device("meta"):
+            roles = build_roles(recipe, folder, device=CPU, load=load_weightless)
     shards = 1
     if recipe.distributed.sharding == "shard":
         # Beyond one machine, of 8, weights are gathered within it.
@@ -130,7 +136,7 @@ def measure(
         objectives = Objectives.build(recipe, roles, schedule)
         runs: dict[str, Counted] = {}
         for name, turn in turns_of(recipe, objectives).items():
-            runs[name] = count_turn(turn, roles, batch, recipe)
+            runs[name] = count_turn(turn, roles, batch, recipe, alternates=name == "joint")
             advance(1)
         largest_size = max(sizes, key=lambda s: s[0] * s[1])
         forward = count_forward(

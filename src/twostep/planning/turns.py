@@ -45,18 +45,24 @@ def turns_of_a_student(recipe: Recipe) -> dict[str, int]:
 
 
 def count_turn(
-    turn: Callable[[Batch, Draws], Turn], roles: Roles, batch: Batch, recipe: Recipe
+    turn: Callable[[Batch, Draws], Turn],
+    roles: Roles,
+    batch: Batch,
+    recipe: Recipe,
+    *,
+    alternates: bool = False,
 ) -> Counted:
     """One turn forwards and backwards; bytes alive at the peak beside weights and gradients.
 
-    Rows may differ by their place in a batch, every other one; of an odd number of them, those that
-    begin with either are counted and operations are the mean.
-
     All gradients are there when the second micro-batch begins, and sharded ones are reduced as
     they come: activations are counted without them, not less what they are at the end.
+
+    Args:
+        alternates: its rows differ by their place in a batch, every other one; of an odd number of
+            them, those that begin with either are counted and operations are the mean.
     """
     rows = len(batch.noise)
-    alternate = recipe.training.joint_turns > 0 and rows % 2 == 1 and recipe.training.batch_size > 1
+    alternate = alternates and rows % 2 == 1 and recipe.training.batch_size > 1
     counted = []
     for first in (0, rows)[: 1 + alternate]:
         draws = Draws(0, 0, "student", device=CPU, rows=slice(first, first + rows))

@@ -25,6 +25,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "": "student.steps (decoupled or shared) and student.weights (full or lora)",
     },
     "data.shard_size": {"": "data.samples_per_file"},
+    "training.tensorboard": {"": "training.report_to: [tensorboard]"},
 }
 
 

@@ -59,7 +59,9 @@ class Losses(Section):
         (0.02, 0.98), description="noise levels at which clean predictions are judged"
     )
     warmup_turns: Annotated[int, Field(ge=0)] = Field(
-        200, description="student turns of regression on cached teacher pairs before the rest"
+        200,
+        description="student turns of regression on cached teacher pairs before the rest; unless "
+        "it is given, of a run of fewer than 400 turns half of them",
     )
     warmup_step1_target: Literal["final", "trajectory"] = Field(
         "final",

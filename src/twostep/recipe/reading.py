@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from twostep.errors import RecipeError
+from twostep.zoo import recipe_names
 
 _MOST_BYTES = 1 << 20
 _MOST_NODES = 20_000
@@ -68,7 +69,8 @@ def read_file(path: Path) -> Any:
     try:
         state = path.stat()
     except (OSError, ValueError):
-        raise RecipeError(f"no recipe at {path}") from None
+        hint = f"; did you mean zoo:{path}?" if str(path) in recipe_names() else ""
+        raise RecipeError(f"no recipe at {path}{hint} (from {Path.cwd()})") from None
     if not stat.S_ISREG(state.st_mode):
         raise RecipeError(f"no recipe at {path}: it is no ordinary file")
     if state.st_size > _MOST_BYTES:

@@ -15,7 +15,7 @@ MAY_CHANGE = frozenset(
     f"training.{key}"
     for key in (
         "turns", "minutes", "log_every", "sample_every", "sample_prompts", "validate_every",
-        "save_every", "keep_checkpoints", "tensorboard", "max_non_finite", "compile", "device",
+        "save_every", "keep_checkpoints", "report_to", "max_non_finite", "compile", "device",
         "checkpoint_activations", "checkpoint_share", "micro_batch", "async_saves",
     )
 )  # fmt: skip

@@ -37,6 +37,18 @@ class Recipe(Section):
     distributed: Distributed = Distributed()
     output: Path = Field(Path("runs"), description="the folder in which the run's folder is")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_warmup(cls, values: Any) -> Any:
+        """The default warm-up of a short run leaves turns for the rest."""
+        try:
+            turns, losses = values["training"]["turns"], values.get("losses") or {}
+            if isinstance(turns, int) and 0 < turns < 400 and "warmup_turns" not in losses:
+                return {**values, "losses": {**losses, "warmup_turns": turns // 2}}
+        except (KeyError, TypeError, AttributeError):
+            pass  # said where it is validated
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         rules.check(self)

@@ -77,8 +77,10 @@ class Training(Section):
         0,
         description="of the data's order, all noise of the turns, adapters and the critic's heads",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU where there is one"
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|(cuda|mps)(:\d{1,3})?)$",
+        description="auto (a GPU where there is one), cpu, cuda, cuda:NUMBER or mps",
     )
     log_every: Count = Field(10, description="turns between lines of metrics.jsonl")
     sample_every: Count = Field(
@@ -111,8 +113,10 @@ class Training(Section):
         False, description="train on while a checkpoint is written; takes memory for a copy of it"
     )
     max_non_finite: Count = Field(10, description="stop after this many skipped turns in a row")
-    tensorboard: bool = Field(
-        False, description="scalars to RUN/tensorboard too; needs the package tensorboard"
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="trackers that get recipe, scalars and sample sheets beside metrics.jsonl: "
+        "tensorboard (files in RUN/tensorboard), wandb, trackio; each needs its package",
     )
 
 

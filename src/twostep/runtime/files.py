@@ -104,16 +104,22 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             readers = stat.S_IMODE(temporary.stat().st_mode)
             write(temporary)
             temporary.chmod(readers)
-            descriptor = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(temporary)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk."""
+    # Windows syncs only what was opened to be written.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

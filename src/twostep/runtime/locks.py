@@ -63,6 +63,11 @@ class InUseError(UserError):
         self.holder = holder
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process says that it works in `folder`; one that was killed says so, too."""
+    return (folder / _HOLDER).is_file()
+
+
 @contextmanager
 def locked(folder: Path, *, option: str, purpose: str = "", wait: bool = False) -> Iterator[None]:
     """Inside, no other process works in `folder`.

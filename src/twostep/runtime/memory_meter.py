@@ -25,6 +25,7 @@ _OPERATIONS = flop_registry | {
         torch.ops.aten._scaled_dot_product_flash_attention_backward
     ],
 }
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm}
 # Growth of what is alive that is worth a collection.
 _NEW_PEAK = 1.05
 
@@ -38,25 +39,45 @@ class LiveBytes:
     def __init__(self) -> None:
         self.now = self.peak = self.operations = 0
         self._collected_at = 0.0
+        # Marks tensors whose storage is known; operations' formulas by id.
+        self._mark = object()
+        self._formulas: dict[int, tuple[Any, Any]] = {}
+        self._products: dict[Any, int] = {}
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def saw(
         self,
         func: Any,
-        given: Iterable[Tensor],
+        given: Sequence[Tensor],
         made: Iterable[Tensor],
         call: tuple[Sequence[Any], Any],
     ) -> None:
         """Counts one operation on `given`, of which `made` came; `call` is arguments and result."""
         args, result = call
         # What first comes up as an argument was there before: a view of it is nothing new.
+        mark = self._mark
         for tensor in given:
-            self._add(tensor.untyped_storage(), 0)
+            if getattr(tensor, "known_by", None) is not mark:
+                self._add(tensor.untyped_storage(), 0)
+                tensor.known_by = mark  # type: ignore[attr-defined]
         for tensor in made:
             storage = tensor.untyped_storage()
             self._add(storage, storage.nbytes())
-        if (count := _OPERATIONS.get(func._overloadpacket)) is not None:
-            self.operations += int(count(*args, out_val=result))
+            tensor.known_by = mark  # type: ignore[attr-defined]
+        found = self._formulas.get(id(func))
+        if found is None:
+            found = func, _OPERATIONS.get(func._overloadpacket)
+            self._formulas[id(func)] = found
+        if found[1] is None:
+            return
+        if func._overloadpacket in _PRODUCTS:
+            # Of shapes alone, and torch's formula takes longer than all else here.
+            key = id(func), *[tensor.shape for tensor in given]
+            if key not in self._products:
+                self._products[key] = int(found[1](*args, out_val=result))
+            self.operations += self._products[key]
+        else:
+            self.operations += int(found[1](*args, out_val=result))
 
     def _add(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
@@ -100,6 +121,8 @@ def live_bytes() -> Iterator[LiveBytes]:
     live, mode = LiveBytes(), _get_current_dispatch_mode()
     gc.collect()
     gc.freeze()  # so that collections look at what is new only
+    automatic = gc.isenabled()
+    gc.disable()  # `LiveBytes` collects where it matters
     try:
         if isinstance(mode, ShapesOnly):
             mode.watchers.append(live.saw)
@@ -112,6 +135,8 @@ def live_bytes() -> Iterator[LiveBytes]:
                 yield live
     finally:
         gc.unfreeze()
+        if automatic:
+            gc.enable()
 
 
 def weight_bytes(*modules: nn.Module) -> int:

@@ -110,7 +110,7 @@ class ImageRequest:
     def facts(self, seed: int) -> dict[str, str]:
         """What a PNG says of itself, as those of `twostep generate`."""
         return {
-            "prompt": self.prompt,
+            "Description": self.prompt,
             "seed": str(seed),
             "steps": str(self.offer.steps),
             "model": self.offer.name,

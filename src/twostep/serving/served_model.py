@@ -27,8 +27,6 @@ from twostep.serving.catalogue import Offer
 from twostep.serving.jobs import Finished, Handover, PictureSpec, Pixels
 from twostep.serving.logs import log
 
-# Pictures' sides unless the user says otherwise: of the package's own models, and of others.
-_EMBEDDED_SIZE, _SIZE = (64, 64), (1024, 1024)
 _WARM_PROMPT = "warm-up"
 
 
@@ -61,14 +59,15 @@ class Opened:
         """Opens the folder.
 
         Args:
-            size: (height, width) of a picture where the client names none.
+            size: (height, width) of a picture where the client names none; None: what the model
+                was made for.
 
         Raises:
             InputError, ModelError: for a model, steps or a size that cannot be used.
         """
         folder = ModelFolder.open(choice.model).with_loras(choice.loras)
         embedded = choice.model.startswith("zoo:")
-        size = size or (_EMBEDDED_SIZE if embedded else _SIZE)
+        size = size or folder.sizes[0]
         folder.latent_shape(size)
         files = [path for path in folder.path.rglob("*") if path.is_file()]
         offer = Offer(

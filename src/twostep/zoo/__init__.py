@@ -40,7 +40,7 @@ def zoo_folder(name: str) -> Path:
     name = name.removeprefix("zoo:")
     own = ZOO / name
     if name not in model_names():
-        if (own / "config.json").is_file() and own.parent == ZOO:
+        if name and (own / "config.json").is_file() and own.parent == ZOO:
             return own  # a single network
         if name in _CHECKOUT_ONLY:
             raise ModelError(

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from twostep.data.cache.differences import described
 from twostep.data.cache.encoded import EncodedPrompts
 from twostep.data.cache.read import TeacherCache
 from twostep.data.cache.shards import CacheError, check_shard, checksum, shard_files
@@ -268,13 +269,7 @@ def _finish(spec: CacheSpec, encoded: EncodedPrompts) -> None:
     manifest = {
         "version": VERSION,
         "fingerprint": spec.fingerprint,
-        "teacher": spec.teacher.name,
-        "sigmas": spec.sigmas,
-        "guidance_scale": spec.guidance_scale,
-        "step2_sigma": spec.schedule.step2_sigma,
-        "samples": spec.sample_count,
-        "samples_per_prompt": spec.samples_per_prompt,
-        "sizes": spec.sizes,
+        **described(spec),
         "shards": shards,
     }
     write_json(spec.folder / "manifest.json", manifest)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twostep.data.cache.differences import REPAIR, another_recipe
 from twostep.data.cache.shards import CacheError, check_shard, shard_files
 from twostep.data.cache.spec import CacheSpec, Shard
 from twostep.method.rollout import seeded_noise
@@ -57,17 +58,16 @@ class TeacherCache:
     def __init__(self, spec: CacheSpec, trusted: Container[int] = ()) -> None:
         path = spec.folder / "manifest.json"
         if not spec.store.refresh(path):
-            raise CacheError(f"no finished cache at {spec.location}: run `twostep teach` first")
+            raise CacheError(
+                f"no finished cache at {spec.location}: run `twostep teach RECIPE` first"
+            )
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             fingerprint = manifest["fingerprint"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise CacheError(f"{path} is not a manifest: run `twostep teach` again") from error
+            raise CacheError(f"{path} is not a manifest; mend it: {REPAIR}") from error
         if fingerprint != spec.fingerprint:
-            raise CacheError(
-                f"{spec.location} was made with another teacher, schedule or prompt set: "
-                "run `twostep teach --repair`, or name another data.cache"
-            )
+            raise CacheError(another_recipe(spec, manifest))
         for shard in range(len(spec.shards)):
             # An object store's shards are checked whenever they are fetched.
             whole = shard not in trusted and not spec.store.is_remote
@@ -75,8 +75,7 @@ class TeacherCache:
             if fault is not None:
                 missing = f"{spec.store.shown(shard_files(spec.folder, shard)[0])} is missing"
                 raise CacheError(
-                    f"{missing if fault == 'missing' else fault}. "
-                    "Run `twostep teach --repair` to rebuild it."
+                    f"{missing if fault == 'missing' else fault}. Rebuild it: {REPAIR}"
                 )
         self.spec = spec
         self._firsts = [shard.first for shard in spec.shards]
@@ -138,7 +137,7 @@ class TeacherCache:
         path = shard_files(self.spec.folder, self._shard_of(bad[0]).index)[0]
         raise CacheError(
             f"{self.spec.store.shown(path)}: sample {bad[0]} holds values that are not finite. "
-            "Remove the file and run `twostep teach` again"
+            "Remove the file and run `twostep teach RECIPE` again"
         )
 
     def ahead(self, ids: Sequence[int]) -> None:

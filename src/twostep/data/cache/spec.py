@@ -7,16 +7,19 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from twostep.data.cache.store import Store, is_url, open_location, open_store
 from twostep.data.prompts import load_prompts
 from twostep.errors import RecipeError
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
-from twostep.models.lora_files import LoraFile
 from twostep.recipe.fields import Size
 from twostep.recipe.schema import Recipe
 from twostep.runtime.randomness import Stream, torch_seed
+
+if TYPE_CHECKING:
+    from twostep.models.lora_files import LoraFile
 
 VERSION = 1
 
@@ -172,13 +175,19 @@ def open_teacher(recipe: Recipe) -> ModelFolder:
     Raises:
         ModelError: for a folder or a LoRA file that is missing or does not fit, or for a student.
     """
-    loras = [
-        LoraFile.open(lora.path, lora.scale, option=f"teacher.loras[{index}]", sha256=lora.sha256)
-        for index, lora in enumerate(recipe.teacher.loras)
-    ]
+    loras = _loras(recipe) if recipe.teacher.loras else []
     teacher = ModelFolder.open(recipe.teacher.model)
     teacher.check_teacher("teacher.model")
     return teacher.with_loras(loras)
+
+
+def _loras(recipe: Recipe) -> list[LoraFile]:
+    from twostep.models.lora_files import LoraFile
+
+    return [
+        LoraFile.open(lora.path, lora.scale, option=f"teacher.loras[{index}]", sha256=lora.sha256)
+        for index, lora in enumerate(recipe.teacher.loras)
+    ]
 
 
 def check_sizes(recipe: Recipe, teacher: ModelFolder) -> None:

@@ -140,7 +140,7 @@ class ObjectStore(Store):
                     path.unlink()
                     raise CacheError(
                         f"{self.shown(path)} is corrupt: its checksum is not the one in its "
-                        "record. Run `twostep teach --repair` to rebuild it."
+                        "record. Rebuild it: `twostep teach RECIPE --repair`"
                     )
             os.utime(path)  # just used
         self._make_room(path)

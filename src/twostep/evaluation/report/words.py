@@ -9,6 +9,8 @@ from typing import Any
 from twostep.evaluation.entries import Kind, read_key
 
 NONE = "–"
+# Images below which a distance is mostly chance.
+_FEW = 128
 
 _STUDENT_NAMES = {"student": "Student", "shipped": "Shipped student"}
 ACCURACY_NAMES = {
@@ -65,6 +67,11 @@ def verdict(report: dict[str, Any]) -> str:
         sentence += f"; diversity {percent(diversity)} of the teacher’s"
     sentence += _worst_category(models[first], teacher)
     sentences.append(f"{sentence}.")
+    if report.get("images", _FEW) < _FEW:
+        sentences.append(
+            f"That is on {report['images']} images of {report['prompts']} prompts: "
+            "too few to judge."
+        )
     for key in others:
         sentence, accuracy = who[key] + _closes(closed.get(key), " of it"), overall(models[key])
         if accuracy is not None:
