@@ -84,7 +84,7 @@ class SecondStage(ServedModel):
         latents = torch.zeros(self.sampler.noise_shape(*size))
         embeds = torch.zeros(32, width, dtype=next(weights.parameters()).dtype)
         handover = Handover(_pack(latents), _pack(embeds))
-        specs = [HandedSpec("", "", seed, size, handover) for seed in range(batch)]
+        specs = [HandedSpec("", "", seed, size, handover=handover) for seed in range(batch)]
         self.finish(self.first(specs))
 
     def group(self, spec: PictureSpec) -> Hashable:
