@@ -106,7 +106,14 @@ class TensorFile:
                 name: (_DTYPES[v["dtype"]], tuple(map(int, v["shape"])), int(v["data_offsets"][0]))
                 for name, v in header.items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             self._file.close()
             raise DamagedError(f"{path} cannot be read: {_said(error)}") from error
         self._start = 8 + length

@@ -61,7 +61,7 @@ class TeacherCache:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             fingerprint = manifest["fingerprint"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CacheError(f"{path} is not a manifest: run `twostep teach` again") from error
         if fingerprint != spec.fingerprint:
             raise CacheError(
