@@ -265,6 +265,8 @@ def _inside(here: Path, code: int) -> str | None:
     known = {"new", "run", "teacher", ".in"}
     strange = [p.name for p in here.iterdir() if p.name not in known and not p.is_file()]
     outside = [
-        p.name for p in here.parent.iterdir() if p.name not in ("world", "case", "faults.json")
+        p.name
+        for p in here.parent.iterdir()
+        if p.name not in ("world", "case") and not p.name.startswith("faults")
     ]
     return f"strange: {strange + outside}" if strange + outside else None

@@ -4,7 +4,7 @@ python benchmarks/serve_cluster.py --out docs/results/serve-cluster.json
 
 All of them run at once, each on a Ray of its own where it has one, and are loaded in turn, several
 rounds of it: a figure of one is to be read against the others of the same run. In the end a replica
-is killed under load.
+is killed under load. Needs 12 GiB: three of them start a Ray of ten processes each.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ BESIDE = {
     "examples": "the whole method on 2-D points, in one file; teach and distil on a cluster",
     "studies": "which part of the method does the work: rows, runner, tables; a style distilled",
     "benchmarks": "speed and memory, measured",
-    "deploy": "a container and a Kubernetes manifest for `twostep serve`",
+    "deploy": "a container, a Kubernetes and a Ray manifest for `twostep serve`",
     "tests": "a folder for each room, and `whole/` for what spans them",
     "tools": "what writes the generated parts of the documentation",
     "docs": "the pages, with the figures in `results/`",

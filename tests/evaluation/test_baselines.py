@@ -114,7 +114,7 @@ def test_a_lora_and_its_sigmas_make_other_pictures(tiny_folder: Path, tmp_path: 
 
 
 def test_a_baseline_is_a_row_of_the_figures(tiny_folder: Path, tmp_path: Path) -> None:
-    listed = list_entries(str(tiny_folder), 4, {"student": str(tiny_folder)}, student_steps=4)
+    listed = list_entries(str(tiny_folder), 2, {"student": str(tiny_folder)}, student_steps=3)
     other = parse_baseline(f"other={tiny_folder},sigmas=1:0.4")
     request = EvaluationRequest(
         entries=with_baselines(listed, [other]), prompts=PromptSet.load("emoji", 8), size=SIZE,
@@ -123,7 +123,7 @@ def test_a_baseline_is_a_row_of_the_figures(tiny_folder: Path, tmp_path: Path) -
     comparison = evaluate(request, tmp_path / "images")
     assert comparison is not None
     found = comparison.figures["models"]
-    assert list(found) == ["teacher_4", "naive_2", "student_4", "other_2"]
+    assert list(found) == ["teacher_2", "student_3", "other_2"]
     assert found["other_2"]["kind"] == "baseline"
     assert len(found["other_2"]["latency"]["steps"]) == 2
     assert found["other_2"]["paired_distance"] > 0

@@ -178,7 +178,10 @@ def test_a_file_that_does_not_fit_is_named_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.safetensors:strong", "expected a number as the scale after a.safetensors:"),
+        (
+            "a.safetensors:strong",
+            "expected a number from -10000 to 10000 as the scale after a.safetensors:",
+        ),
         ("a.safetensors:nan", "expected a number"),
         ("a.ckpt:0.5", "expected FILE.safetensors or FILE.safetensors:SCALE"),
     ],

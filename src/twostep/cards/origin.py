@@ -86,7 +86,7 @@ def _size(height: Any, width: Any) -> tuple[int, int] | None:
 def _yaml(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -112,7 +112,7 @@ def _licence(teacher: Path) -> dict[str, str]:
     try:
         match = _FRONT.match((teacher / "README.md").read_text(encoding="utf-8"))
         front = yaml.safe_load(match[1]) if match else {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     keys = ("license", "license_name", "license_link")
     found = {key: front.get(key) for key in keys} if isinstance(front, dict) else {}

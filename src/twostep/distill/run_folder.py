@@ -151,7 +151,7 @@ class RunFolder:
         try:
             said = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             return "twostep" in said["versions"] and self.recipe.is_file()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def clear(self) -> None:

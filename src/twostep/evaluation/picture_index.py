@@ -75,7 +75,7 @@ class PictureIndex:
                 f"RUN: {run} has no images/{_NAME}, expected the --out of `twostep evaluate`, "
                 "which writes it (an older one: evaluate again, pictures that are there are kept)"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"RUN: {folder / _NAME} cannot be read: {error}") from error
 
     def __len__(self) -> int:

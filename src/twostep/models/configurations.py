@@ -36,7 +36,7 @@ def check_configurations(base: Path, family: Family) -> None:
             "cap_feat_dim": family.caption_width(transformer),
             "n_layers": family.depth(transformer),
         }
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"{base / 'transformer'}: config.json: {said}") from error
     for key, number in found.items():

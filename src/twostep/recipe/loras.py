@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SUFFIX = ".safetensors"
 
+# Larger ones are a slip of the hand; weights have no such numbers.
+_MOST_SCALE = 1e4
+
 
 def split_lora(text: str) -> tuple[str, float]:
     """(path, scale) from "PATH" or "PATH:SCALE".
@@ -26,8 +29,10 @@ def split_lora(text: str) -> tuple[str, float]:
         scale = float(tail)
     except ValueError:
         scale = math.nan
-    if not math.isfinite(scale):
-        raise ValueError(f"expected a number as the scale after {path}:")
+    if not -_MOST_SCALE <= scale <= _MOST_SCALE:
+        raise ValueError(
+            f"expected a number from -{_MOST_SCALE:g} to {_MOST_SCALE:g} as the scale after {path}:"
+        )
     return path, scale
 
 
@@ -44,7 +49,9 @@ class Lora(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_or_text)
 
     path: Path = Field(description="a .safetensors file in diffusers', PEFT's or kohya's layout")
-    scale: float = Field(1.0, allow_inf_nan=False, description="multiplies it")
+    scale: float = Field(
+        1.0, ge=-_MOST_SCALE, le=_MOST_SCALE, allow_inf_nan=False, description="multiplies it"
+    )
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="of the file, which must then be this one"
     )

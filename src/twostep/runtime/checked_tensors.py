@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import xxhash
 from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.errors import UserError
@@ -38,7 +39,7 @@ def save_checked(
 ) -> None:
     """Writes tensors of the CPU with their checksum."""
     said = {**(metadata or {}), _KEY: _digest(tensors)}
-    safetensors.torch.save_file(dict(tensors), path, said)
+    save_file(dict(tensors), path, said)
 
 
 def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -51,7 +52,7 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     _check_ordinary(path)
     try:
         content = path.read_bytes()
-        tensors = safetensors.torch.load(content)
+        tensors = parse(content)
         length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
     except FileNotFoundError:
@@ -105,7 +106,14 @@ class TensorFile:
                 name: (_DTYPES[v["dtype"]], tuple(map(int, v["shape"])), int(v["data_offsets"][0]))
                 for name, v in header.items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             self._file.close()
             raise DamagedError(f"{path} cannot be read: {_said(error)}") from error
         self._start = 8 + length

@@ -49,7 +49,7 @@ class Holder:
                 str(said["host"])[:100], int(said["process"]), str(said["since"])[:40],
                 str(said["purpose"])[:200],
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return Holder()
 
 

@@ -253,7 +253,7 @@ def _has_manifest(spec: CacheSpec) -> bool:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8")) if spec.store.refresh(path) else {}
         return bool(manifest["fingerprint"] == spec.fingerprint)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

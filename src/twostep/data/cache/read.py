@@ -64,7 +64,7 @@ class TeacherCache:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             fingerprint = manifest["fingerprint"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CacheError(f"{path} is not a manifest; mend it: {REPAIR}") from error
         if fingerprint != spec.fingerprint:
             raise CacheError(another_recipe(spec, manifest))

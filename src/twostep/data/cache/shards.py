@@ -39,7 +39,7 @@ def check_shard(spec: CacheSpec, shard: int, *, whole: bool = True) -> str | Non
     try:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
         expected = record["sha256"], record["bytes"], record["fingerprint"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{store.shown(sidecar)} is not a shard's record"
     size = store.size(weights)
     if size is None:
