@@ -45,7 +45,7 @@ def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     student = home / "run" / "student"
     save_student(
         tiny_folder, nudged(1), nudged(2),
-        schedule=Schedule(3.0, 0.75), folder=student, dtype=torch.float32,
+        schedule=Schedule(3.0, 0.75), folder=student, dtype=torch.float32, sizes=[(32, 40)],
     )  # fmt: skip
     (home / "run" / "recipe.yaml").write_text(
         f"name: fox\nteacher:\n  model: {tiny_folder}\ndata:\n  height: 32\n  width: 40\n"

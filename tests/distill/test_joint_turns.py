@@ -100,7 +100,7 @@ def test_half_of_the_rows_are_paired_and_the_fakes_learn_from_the_others(
     trainer = trainer_of(make_recipe(**JOINT))
     batch, seen, followed = trainer.learner.batches.read(0, "student"), [], []
     student, critic = trainer.learner.objectives.student, trainer.learner.objectives.critic
-    rollout, fit = student.rollout, critic._fit
+    rollout, fit = student.rollout, critic._fit["final"]
 
     def spy(noise: Tensor, *rest: Any) -> Any:
         seen.append((noise, rollout(noise, *rest)))
@@ -111,7 +111,7 @@ def test_half_of_the_rows_are_paired_and_the_fakes_learn_from_the_others(
         return fit(velocity, clean, *rest)
 
     monkeypatch.setattr(student, "rollout", spy)
-    monkeypatch.setattr(critic, "_fit", spy_fit)
+    monkeypatch.setattr(critic, "_fit", dict.fromkeys(critic._fit, spy_fit))
     trainer.learner.objectives.joint(batch, draws()).backward()
     ((noise, made),) = seen
     assert torch.equal(noise[::2], batch.noise[::2])

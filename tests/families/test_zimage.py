@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from tiny import TEXT_WIDTH, as_velocity, random_transformer
 from twostep.errors import ModelError
-from twostep.families import zimage
+from twostep.families import zimage_network
 from twostep.families.family import LatentSpace, PromptBatch
 from twostep.inference.sampler import Sampler
 from twostep.method.rollout import seeded_noise
@@ -197,7 +197,7 @@ def pipelines_time(monkeypatch: pytest.MonkeyPatch) -> None:
     The time embedding multiplies the last bit's difference to our `1 - sigma` by 1000, and a random
     network magnifies it to 4e-4 over eight steps; with the same bits the images are the same.
     """
-    monkeypatch.setattr(zimage, "model_time", lambda sigma: (1000 - sigma * 1000) / 1000)
+    monkeypatch.setattr(zimage_network, "model_time", lambda sigma: (1000 - sigma * 1000) / 1000)
 
 
 @pytest.mark.parametrize("steps", [2, 8])

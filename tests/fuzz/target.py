@@ -23,7 +23,7 @@ from twostep.errors import UserError
 from twostep.families import FAMILIES
 from twostep.models.configurations import check_configurations
 from twostep.models.foreign import check_folder
-from twostep.models.student import StudentIndex
+from twostep.models.student_index import StudentIndex
 from twostep.runtime.checked_tensors import TensorFile, load_checked
 from twostep.runtime.checksums import check_sums, verify
 from twostep.runtime.locks import Holder

@@ -126,7 +126,11 @@ def _transformers(kind: str, name: str) -> Extractor:
 
     classes: dict[str, Any] = {"dinov2": Dinov2Model, "clip": CLIPVisionModelWithProjection}
     try:
-        model = classes[kind].from_pretrained(name, use_safetensors=True).eval()
+        model = (
+            classes[kind]
+            .from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+            .eval()
+        )
     except (OSError, ValueError) as error:
         raise ExtractorError(
             f"features: {kind}: the weights of {name} cannot be had: {error}"
