@@ -84,8 +84,9 @@ class Rehearsal:
         environment = {k: v for k, v in os.environ.items() if k not in _KEPT_OUT} | _MALLOC
         command = [sys.executable, str(_CHILD), str(stages), *arguments]
         started = time.monotonic()
-        with log.open("w") as file:
-            child = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        told = self.out / f"{name}.err"
+        with log.open("w") as file, told.open("w") as errors:
+            child = subprocess.Popen(command, stdout=file, stderr=errors, env=environment)
         killed = False
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
@@ -111,7 +112,7 @@ class Rehearsal:
         self.write()
         print(f"{name}: exit {found['exit']}, {found['seconds']:.0f} s", flush=True)
         if child.returncode and not killed:
-            raise SystemExit(f"{found['command']} failed: {log.read_text()[-2000:]}")
+            raise SystemExit(f"{found['command']} failed: {told.read_text()[-2000:]}")
         return found
 
     def write(self, **more: Any) -> None:

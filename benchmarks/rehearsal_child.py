@@ -71,10 +71,11 @@ def copy_weights_out_of_files() -> None:
 def _copying(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def call(*args: Any, **kwargs: Any) -> Any:
-        model = load(*args, **kwargs)
+        found = load(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found  # with what its files lacked
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-        return model
+        return found
 
     return call
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from transformers import Qwen3Config, Qwen3Model
 
 from tiny import TEXT_WIDTH, random_transformer
@@ -19,6 +20,13 @@ from twostep.zoo import ZOO
 
 # Small networks lose time to a second thread, and pytest-xdist runs one worker per core.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' `set_attention_backend` is for all models and for good; here, for one test."""
+    backend = _AttentionBackendRegistry._active_backend
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", backend)
 
 
 @pytest.fixture(scope="session")

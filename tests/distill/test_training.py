@@ -402,6 +402,7 @@ def test_run_leaves_a_student_metrics_pictures_and_its_recipe(make_recipe: Make)
     assert sorted(p.name for p in student.iterdir()) == [
         "README.md",
         "checksums.json",
+        "images",
         "model_index.json",
         "pipeline.py",
         "scheduler",

@@ -190,7 +190,7 @@ def test_training_moves_adapters_only_and_saves_a_student(
     assert student.is_student
     # The adapters as they were trained, and nothing else.
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", "checksums.json", "first.safetensors", "second.safetensors", "twostep.json",
+        "README.md", "checksums.json", "first.safetensors", "images", "second.safetensors", "twostep.json",
     ]  # fmt: skip
     with trainer.state.ema.applied():
         for step in ("first", "second"):

@@ -273,7 +273,7 @@ def test_what_cannot_be_served_is_said_before_weights_are_read(tiny_folder: Path
     with pytest.raises(InputError, match="two-step student, got 4"):
         open_models([ModelChoice("a", "zoo:emoji-student", 4)])
     with pytest.raises(InputError, match="at most 256"):
-        open_models([ModelChoice("a", tiny)])  # 1024 pixels where none are named
+        open_models([ModelChoice("a", tiny)], size=(1024, 1024))
     with pytest.raises(ModelError):
         open_models([ModelChoice("a", "no/such/folder/here")])
     assert ModelFolder.open(tiny).kind == "teacher"

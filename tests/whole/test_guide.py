@@ -69,7 +69,9 @@ def test_lora_from_plan_to_picture(tiny_folder: Path, folder: Path) -> None:
     printed = {command[1]: run(command, tiny_folder) for command in steps}
     assert "fits" in printed["plan"]
     assert (folder / "runs" / "check" / "report.html").is_file()
-    assert len(list((folder / "comfy").glob("*.safetensors"))) == 2
+    # The pair: one set of weights for both, and a LoRA for each step.
+    written = sorted(path.name for path in (folder / "comfy").glob("*.safetensors"))
+    assert written == ["base.safetensors", "first.safetensors", "second.safetensors"]
     pictures = [word for word in printed["generate"].split() if word.endswith(".png")]
     assert len(pictures) == 1
     assert (folder / pictures[0]).is_file()

@@ -26,5 +26,6 @@ export async function readFacts(file) {
     if (kind === "IEND") break;
     at += 12 + length;
   }
-  return "prompt" in facts && "seed" in facts ? facts : null;
+  facts.prompt ??= facts.Description; // pictures of earlier versions say prompt
+  return facts.prompt !== undefined && "seed" in facts ? facts : null;
 }
