@@ -119,12 +119,18 @@ def _kill_at(number: int) -> Callable[[Path], None]:
             return wrapper
 
         for name in _OPERATIONS:
-            changes: Callable[..., bool] = lambda *_: True  # noqa: E731
-            if name == "open":
-                changes = lambda *v: len(v) > 1 and bool(int(v[1]) & (os.O_CREAT | os.O_WRONLY))  # type: ignore[call-overload]  # noqa: E731
+            changes = _opens_to_write if name == "open" else _always
             setattr(os, name, watched(getattr(os, name), changes))
 
     return patch
+
+
+def _always(*_: object) -> bool:
+    return True
+
+
+def _opens_to_write(path: object, flags: int = 0, *_: object) -> bool:
+    return bool(flags & (os.O_CREAT | os.O_WRONLY))
 
 
 def _again(command: list[str], reference: Path) -> Callable[[Path, int], str | None]:

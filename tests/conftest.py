@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,19 @@ def make_recipe(tiny_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
         return Recipe.parse(values)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium; where CI lacks it, a failure."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        reason = "no `chromium` on PATH: apt-get update && apt-get install -y chromium"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield chromium
+        chromium.close()

@@ -12,22 +12,22 @@ import second_judge
 import torch
 from low_level import high_frequency_power
 from safetensors.torch import load_file, save_file
-from second_judge import SecondJudge
+from second_judge import FLOOR, SecondJudge
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid, max_pool2d
 
 from twostep.emoji.inspector import GRID, Inspector, Reading, is_right
 from twostep.emoji.scenes import Scene
-from twostep.evaluation.features import load_extractor
+from twostep.evaluation.features import Extractor, load_extractor
 from twostep.evaluation.prompts import PromptSet
 from twostep.inference.generate import SamplerOptions
+from twostep.inference.sampler import Sampler
 from twostep.models.folder import ModelFolder
 from twostep.runtime.files import write_atomically
 from twostep.zoo import ZOO
 
 EXTRACTORS = ("inspector", "efficientnet-lite0")
-SIZE, _BATCH, _FLOOR = (64, 64), 64, -7.0
-_MARGIN, _SHARPNESS = 0.1, 0.05
+SIZE, _BATCH = (64, 64), 64
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,16 @@ def keep(found: dict[str, Tensor], path: Path) -> None:
 
 
 def _paint(
-    sampler: object, prompts: PromptSet, steps: int | None, reference: bool
+    sampler: Sampler, prompts: PromptSet, steps: int | None, reference: bool
 ) -> tuple[Tensor, Tensor | None]:
     images, previews = [], []
     for start in range(0, len(prompts), _BATCH):
         rows = slice(start, min(start + _BATCH, len(prompts)))
-        noise = prompts.noise(rows, sampler.noise_shape(*SIZE), reference)  # type: ignore[attr-defined]
-        sample = sampler.sample(prompts.captions[rows], noise, steps)  # type: ignore[attr-defined]
-        images.append(sampler.decoder.decode(sample.latents))  # type: ignore[attr-defined]
+        noise = prompts.noise(rows, sampler.noise_shape(*SIZE), reference)
+        sample = sampler.sample(prompts.captions[rows], noise, steps)
+        images.append(sampler.decoder.decode(sample.latents))
         if sample.preview is not None:
-            previews.append(sampler.decoder.decode(sample.preview))  # type: ignore[attr-defined]
+            previews.append(sampler.decoder.decode(sample.preview))
     return torch.cat(images), torch.cat(previews) if previews else None
 
 
@@ -141,11 +141,9 @@ def log_likelihood(reading: Reading, scenes: Sequence[Scene]) -> Tensor:
             count = asked.get(kind, 0)
             parts.append(there[row, kind, :count].sum() + absent[row, kind, count])
         if scene.relation is not None:
-            places = [_place(reading.heatmap_logits[row, kind]) for kind in scene.objects]
-            dx, dy = places[0] - places[1]
-            gap = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[scene.relation]
-            parts.append(logsigmoid((gap - _MARGIN) / _SHARPNESS))
-        total.append(torch.stack(parts).clamp_min(_FLOOR).sum())
+            places = {kind: _place(reading.heatmap_logits[row, kind]) for kind in asked}
+            parts.append(second_judge.relation_likelihood(scene, places))
+        total.append(torch.stack(parts).clamp_min(FLOOR).sum())
     return torch.stack(total)
 
 
@@ -171,5 +169,5 @@ def _inspector() -> Inspector:
 
 
 @cache
-def _extractor(name: str):
+def _extractor(name: str) -> Extractor:
     return load_extractor(name)

@@ -16,7 +16,7 @@ from judging import Test
 from twostep.data.cache.build import open_cache
 from twostep.distill.monitor import read_metrics
 from twostep.distill.trainer import Trainer
-from twostep.errors import UserError
+from twostep.distill.update import TrainingStopped
 from twostep.recipe.schema import Recipe
 from twostep.runtime.files import replace_folder, write_json
 
@@ -30,7 +30,7 @@ def run(recipe: Recipe, test: Test, threads: int) -> str:
     folder = recipe.run_folder
     if (folder / "done.json").exists():
         return f"{folder.name}: done before"
-    record: dict[str, Any] = {"changes": recipe.name}
+    record: dict[str, Any] = {}
     started = time.monotonic()
     try:
         trainer = _train(recipe, threads)
@@ -40,16 +40,14 @@ def run(recipe: Recipe, test: Test, threads: int) -> str:
         judging.keep(
             judging.judge(str(folder / "student"), test, steps=None), folder / "judged.safetensors"
         )
-    except UserError as error:
+    except TrainingStopped as error:
         record["diverged"], record["error"] = True, str(error)
     record["curve"] = [
         {k: v for k, v in line.items() if k.startswith(("turn", "critic/", "gradient_norm/"))}
         for line in read_metrics(folder)
     ]
     record["seconds"] = round(time.monotonic() - started, 1)
-    for leftover in ("checkpoints", "samples", "best", "student"):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
-    write_json(folder / "done.json", record)
+    _end(folder, record)
     return f"{folder.name}: {record['seconds']:.0f} s"
 
 
@@ -61,14 +59,19 @@ def fit(recipe: Recipe, threads: int) -> str:
     started = time.monotonic()
     trainer = _train(recipe, threads)
     _save_score(trainer, folder / "score")
-    for leftover in ("checkpoints", "samples", "best", "student"):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
     record = {
         "evaluations": trainer.progress.fit_evaluations,
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_json(folder / "done.json", record)
+    _end(folder, record)
     return f"{folder}: {record['seconds']:.0f} s"
+
+
+def _end(folder: Path, record: dict[str, Any]) -> None:
+    """Lets the weights go and says that the run is done."""
+    for leftover in ("checkpoints", "samples", "best", "student"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+    write_json(folder / "done.json", record)
 
 
 def _train(recipe: Recipe, threads: int) -> Trainer:

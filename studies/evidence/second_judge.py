@@ -8,7 +8,7 @@ of a student uses it, so that no student can have learnt to please it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ _POOLED = 8
 # the canvas. The inspector's margin, too.
 _MARGIN, _SHARPNESS = 0.1, 0.05
 # One answer cannot cost more than this, or a single picture would decide a mean.
-_FLOOR = -7.0
+FLOOR = -7.0
 
 
 @dataclass(frozen=True)
@@ -123,19 +123,27 @@ def log_likelihood(opinion: Opinion, scenes: Sequence[Scene]) -> Tensor:
     for row, scene in enumerate(scenes):
         for kind, count in Counter(scene.objects).items():
             asked[row, kind] = count
-    counts = opinion.counts.gather(2, asked[..., None])[..., 0].clamp_min(_FLOOR).sum(1)
+    counts = opinion.counts.gather(2, asked[..., None])[..., 0].clamp_min(FLOOR).sum(1)
     backgrounds = torch.tensor([scene.background for scene in scenes])
-    background = opinion.backgrounds.gather(1, backgrounds[:, None])[:, 0].clamp_min(_FLOOR)
+    background = opinion.backgrounds.gather(1, backgrounds[:, None])[:, 0].clamp_min(FLOOR)
     relation = torch.zeros(len(scenes))
     for row, scene in enumerate(scenes):
         if scene.relation is not None:
-            gap = relation_gap(scene, opinion.centres[row])
-            relation[row] = logsigmoid((gap - _MARGIN) / _SHARPNESS).clamp_min(_FLOOR)
+            relation[row] = relation_likelihood(scene, opinion.centres[row]).clamp_min(FLOOR)
     return counts + background + relation
 
 
-def relation_gap(scene: Scene, centres: Tensor) -> Tensor:
-    """How far the first object is along the named relation, of the canvas; centres (objects, 2)."""
+def relation_likelihood(scene: Scene, centres: Mapping[int, Tensor] | Tensor) -> Tensor:
+    """Logarithm of how likely the named relation holds, as `relation_gap` is given centres."""
+    return logsigmoid((relation_gap(scene, centres) - _MARGIN) / _SHARPNESS)
+
+
+def relation_gap(scene: Scene, centres: Mapping[int, Tensor] | Tensor) -> Tensor:
+    """How far the first object is along the named relation, of the canvas.
+
+    Args:
+        centres: by kind of object, (2,) each.
+    """
     first, second = (centres[kind] for kind in scene.objects)
     dx, dy = first - second
     return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[str(scene.relation)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from browsing import SHOTS
 from twostep.evaluation.entries import Entry
 from twostep.evaluation.figures import AlignedSets, Measured
 from twostep.evaluation.prompts import PromptSet
@@ -21,8 +20,6 @@ from twostep.evaluation.report.page import write_report
 from twostep.evaluation.report.pictures import PictureGroup
 from twostep.evaluation.worst import worst_pictures
 
-# Where set, screenshots are kept there to be looked at.
-SHOTS = os.environ.get("TWOSTEP_SCREENSHOTS")
 TEACHER = Entry("teacher", "teacher", "t", 8)
 STUDENT = Entry("student", "student", "s")
 PROMPTS = PromptSet([f"prompt {n}" for n in range(8)], None, 2)
@@ -101,12 +98,7 @@ def test_worst_by_scores() -> None:
 
 
 @pytest.mark.browser
-def test_pictures_are_enlarged_and_figures_lead_to_them(tmp_path: Path) -> None:
-    executable = shutil.which("chromium")
-    if executable is None:
-        reason = "no `chromium` on PATH: apt-get update && apt-get install -y chromium"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    playwright = pytest.importorskip("playwright.sync_api")
+def test_pictures_are_enlarged_and_figures_lead_to_them(browser: Any, tmp_path: Path) -> None:
     figures: dict[str, Any] = {"frechet_to_teacher": 1.0, "paired_distance": 0.1, "diversity": 0.9}
     report = {
         "models": {"teacher_8": {"kind": "teacher", **figures}}
@@ -121,38 +113,34 @@ def test_pictures_are_enlarged_and_figures_lead_to_them(tmp_path: Path) -> None:
         seeds=[7, 8, 9],
     )  # fmt: skip
     assert "data:image/webp" in path.read_text()  # larger than a page wants it whole
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
-        )
-        context = browser.new_context(
-            color_scheme="dark", is_mobile=True, has_touch=True,
-            viewport={"width": 390, "height": 844},
-        )  # fmt: skip
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        problems: list[str] = []
-        page.on("console", lambda message: problems.append(message.text))
-        page.goto(path.as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert page.get_attribute("#picture-0-1", "title") == "teacher, 8 steps: b (seed 8)"
-        page.tap("#picture-0-1")
-        box = page.locator("#picture-0-1 img").bounding_box()
-        assert box["width"] > 340
-        assert page.is_visible("#picture-0-1 span")
-        shot = Path(SHOTS or tmp_path) / "report-zoom.png"
-        page.screenshot(path=shot)
-        with Image.open(shot) as image:
-            assert np.asarray(image.convert("RGB"))[2, 2].max() < 60  # dark, and nothing beside it
-        page.tap("#picture-0-1 ~ .next")  # the same prompt by the next model
-        assert page.url.endswith("#picture-1-1")
-        page.tap("#picture-1-1 ~ .close")
-        assert page.locator("#picture-1-1 img").bounding_box()["width"] < 130
-        page.click('.figures a:text-is("Diversity")')
-        assert page.url.endswith("#worst-most-alike")
-        assert page.evaluate("document.querySelector('h3:target').getBoundingClientRect().top") < 60
-        names = re.findall(r"href=\"#(worst-[^\"]+)\"", path.read_text())
-        assert {"worst-furthest-apart", "worst-most-alike"} <= set(names)
-        page.screenshot(path=Path(SHOTS or tmp_path) / "report-worst.png")
-        assert problems == []
-        browser.close()
+    context = browser.new_context(
+        color_scheme="dark", is_mobile=True, has_touch=True,
+        viewport={"width": 390, "height": 844},
+    )  # fmt: skip
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.get_attribute("#picture-0-1", "title") == "teacher, 8 steps: b (seed 8)"
+    page.tap("#picture-0-1")
+    box = page.locator("#picture-0-1 img").bounding_box()
+    assert box["width"] > 340
+    assert page.is_visible("#picture-0-1 span")
+    shot = Path(SHOTS or tmp_path) / "report-zoom.png"
+    page.screenshot(path=shot)
+    with Image.open(shot) as image:
+        assert np.asarray(image.convert("RGB"))[2, 2].max() < 60  # dark, and nothing beside it
+    page.tap("#picture-0-1 ~ .next")  # the same prompt by the next model
+    assert page.url.endswith("#picture-1-1")
+    page.tap("#picture-1-1 ~ .close")
+    assert page.locator("#picture-1-1 img").bounding_box()["width"] < 130
+    page.click('.figures a:text-is("Diversity")')
+    assert page.url.endswith("#worst-most-alike")
+    assert page.evaluate("document.querySelector('h3:target').getBoundingClientRect().top") < 60
+    names = re.findall(r"href=\"#(worst-[^\"]+)\"", path.read_text())
+    assert {"worst-furthest-apart", "worst-most-alike"} <= set(names)
+    page.screenshot(path=Path(SHOTS or tmp_path) / "report-worst.png")
+    assert problems == []
+    context.close()

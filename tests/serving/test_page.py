@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browsing import Visit
 from serving_fakes import until
 from serving_process import Served
 
-# Where set, screenshots are kept there to be looked at.
-SHOTS = os.environ.get("TWOSTEP_SCREENSHOTS")
 RECORD = """
 window.states = [];
 new MutationObserver((changes) => {
@@ -26,21 +23,6 @@ new MutationObserver((changes) => {
   }
 }).observe(document, { subtree: true, attributes: true, attributeFilter: ["data-state"] });
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = shutil.which("chromium")
-    if executable is None:
-        reason = "no `chromium` on PATH: apt-get update && apt-get install -y chromium"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,50 +37,24 @@ def demo(browser: Any, runs: Path) -> Iterator[Served]:
     server.end()
 
 
-class Visit:
-    """A page, what it complained of, and which servers it asked."""
+class Visitor(Visit):
+    """A page of the server, once it is there."""
 
     def __init__(self, browser: Any, url: str, **options: Any) -> None:
-        self.context = browser.new_context(
-            **{"locale": "en-US", "accept_downloads": True} | options
-        )
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
-        self.problems: list[str] = []
-        self.hosts: set[str] = set()
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("console", self._note)
-        self.page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
-        self.page.add_init_script(RECORD)
-        self.page.goto(url)
+        super().__init__(browser, url, script=RECORD, **{"accept_downloads": True} | options)
         self.page.wait_for_selector("#language:not(:empty)")
         if not url.endswith("/runs"):
             self.page.wait_for_selector("#examples button")
-
-    def _note(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
-            self.problems.append(message.text)
 
     def until(self, condition: str) -> None:
         """Waits for what a script says; the page's policy allows no `wait_for_function`."""
         until(lambda: self.page.evaluate(condition), seconds=20)
 
-    def shot(self, name: str, tmp_path: Path) -> np.ndarray:
-        path = Path(SHOTS or tmp_path) / f"{name}.png"
-        self.page.screenshot(path=path, full_page=True)
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"), dtype=np.int64)
-
-    def end(self) -> None:
-        self.context.close()
-        assert self.problems == []
-        assert len({host for host in self.hosts if host}) == 1
-
 
 @pytest.mark.browser
 @pytest.mark.slow
 def test_a_visit(browser: Any, demo: Served, tmp_path: Path) -> None:
-    visit = Visit(browser, demo.url, viewport={"width": 1280, "height": 900})
+    visit = Visitor(browser, demo.url, viewport={"width": 1280, "height": 900})
     page = visit.page
     assert "toy" in page.inner_text("#toy")
     page.click("#examples button >> nth=2")
@@ -159,7 +115,7 @@ def test_a_visit(browser: Any, demo: Served, tmp_path: Path) -> None:
 def test_on_a_phone_in_chinese_and_dark_and_a_cancel(
     browser: Any, demo: Served, tmp_path: Path
 ) -> None:
-    visit = Visit(
+    visit = Visitor(
         browser, demo.url, locale="zh-CN", color_scheme="dark", has_touch=True, is_mobile=True,
         viewport={"width": 390, "height": 844},
     )  # fmt: skip
@@ -190,7 +146,7 @@ def test_on_a_phone_in_chinese_and_dark_and_a_cancel(
 def test_a_key_is_asked_for_and_used(browser: Any) -> None:
     server = Served("--model", "zoo:emoji-student", TWOSTEP_API_KEY="a-key-for-the-page")
     try:
-        visit = Visit(browser, server.url)
+        visit = Visitor(browser, server.url)
         page = visit.page
         assert "key" in page.inner_text("#trouble")
         page.fill("#key", "a-key-for-the-page")
@@ -232,7 +188,7 @@ def test_a_training_is_followed_live(
     run.mkdir()
     write_records(run, range(1, 21))
     write_sheet(run, 10)
-    visit = Visit(browser, f"{demo.url}/runs", viewport={"width": 1280, "height": 900})
+    visit = Visitor(browser, f"{demo.url}/runs", viewport={"width": 1280, "height": 900})
     page = visit.page
     page.wait_for_selector(".chart")
     titles = page.locator(".chart figcaption").all_inner_texts()

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from browsing import Visit
 from serving_fakes import until
 from twostep.evaluation.picture_index import PictureIndex
 from twostep.voting.ballot_box import BallotBox
 from twostep.voting.server import VoteServer, choose, open_box
 from voting_run import make_run
-
-# Where set, screenshots are kept there to be looked at.
-SHOTS = os.environ.get("TWOSTEP_SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = shutil.which("chromium")
-    if executable is None:
-        reason = "no `chromium` on PATH: apt-get update && apt-get install -y chromium"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield chromium
-        chromium.close()
 
 
 class Poll:
@@ -57,23 +36,8 @@ class Poll:
         self.box.close()
 
 
-class Visit:
-    """A voter's page, what it complained of, and which servers it asked."""
-
-    def __init__(self, browser: Any, url: str, **options: Any) -> None:
-        self.context = browser.new_context(**{"locale": "en-US"} | options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
-        self.problems: list[str] = []
-        self.hosts: set[str] = set()
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("console", self._note)
-        self.page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
-        self.page.goto(url)
-
-    def _note(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
-            self.problems.append(message.text)
+class Voter(Visit):
+    """A voter's page."""
 
     def enter(self, name: str) -> None:
         self.page.fill("#name", name)
@@ -89,29 +53,21 @@ class Visit:
         self.page.keyboard.press(key)
         until(lambda: self.task() != before or self.page.is_visible("#end"), seconds=20)
 
-    def shot(self, name: str, tmp_path: Path) -> np.ndarray:
-        path = Path(SHOTS or tmp_path) / f"vote-{name}.png"
-        self.page.screenshot(path=path)
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"), dtype=np.int64)
-
-    def end(self) -> None:
-        self.context.close()
-        assert self.problems == []
-        assert len({host for host in self.hosts if host}) == 1
+    def look(self, name: str, tmp_path: Path) -> np.ndarray:
+        return self.shot(f"vote-{name}", tmp_path, full_page=False)
 
 
 @pytest.mark.browser
 def test_voters_by_keys_and_by_touch(browser: Any, tmp_path: Path) -> None:
     run = make_run(tmp_path / "check")
     poll = Poll(run)
-    ann = Visit(browser, poll.server.url, viewport={"width": 1280, "height": 800})
+    ann = Voter(browser, poll.server.url, viewport={"width": 1280, "height": 800})
     page = ann.page
-    ann.shot("welcome", tmp_path)
+    ann.look("welcome", tmp_path)
     ann.enter("ann")
     assert page.inner_text("#count") == "0 of 3"
     assert page.is_disabled("#undo")
-    pixels = ann.shot("desktop", tmp_path)
+    pixels = ann.look("desktop", tmp_path)
     # Two pictures of one colour each, side by side, of one size.
     left, right = pixels[400, 320], pixels[400, 960]
     assert {int(left[0]), int(right[0])} == {0, 80}
@@ -133,12 +89,12 @@ def test_voters_by_keys_and_by_touch(browser: Any, tmp_path: Path) -> None:
     assert poll.answers() == [("ann", "left")]
 
     # Another voter at the same time, on a phone, in the dark, with a Chinese prompt among them.
-    bob = Visit(
+    bob = Voter(
         browser, poll.server.url, color_scheme="dark", has_touch=True, is_mobile=True,
         viewport={"width": 390, "height": 844},
     )  # fmt: skip
     bob.enter("bob")
-    dark = bob.shot("phone-dark", tmp_path)
+    dark = bob.look("phone-dark", tmp_path)
     assert dark[2, 2].max() < 60
     assert bob.page.evaluate("document.documentElement.scrollWidth") <= 390
     assert bob.page.evaluate("document.documentElement.scrollHeight") <= 844  # nothing to scroll
@@ -157,7 +113,7 @@ def test_voters_by_keys_and_by_touch(browser: Any, tmp_path: Path) -> None:
     ann.press("ArrowRight")
     ann.press("2")
     page.wait_for_selector("#end:not([hidden])")
-    ann.shot("end", tmp_path)
+    ann.look("end", tmp_path)
     assert "5 more pairs" in page.inner_text("#thanks")
     page.click("#more")
     page.wait_for_selector("#booth:not([hidden])")
@@ -179,12 +135,12 @@ def test_a_link_with_an_invitation(browser: Any, tmp_path: Path) -> None:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        visit = Visit(browser, f"http://127.0.0.1:{port}#{box.invitation}")
+        visit = Voter(browser, f"http://127.0.0.1:{port}#{box.invitation}")
         visit.enter("ann")
         visit.press("1")
         assert [vote.answer for vote in box.votes()] == ["left"]
         visit.end()
-        stranger = Visit(browser, f"http://127.0.0.1:{port}")
+        stranger = Voter(browser, f"http://127.0.0.1:{port}")
         stranger.page.fill("#name", "eve")
         stranger.page.press("#name", "Enter")
         stranger.page.wait_for_selector("#trouble:not([hidden])")

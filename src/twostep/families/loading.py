@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twostep.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_diffusers(
+    kind: Any, folder: Path, part: str | None, dtype: torch.dtype, *, exact: bool = False
+) -> Any:
+    """A diffusers model of class `kind`, if its files hold all of it.
+
+    Args:
+        part: a subfolder; None for a folder of its own.
+        exact: as in `complete`.
+
+    Raises:
+        ModelError: as `complete`.
+    """
+    found = kind.from_pretrained(
+        folder,
+        subfolder=part,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    return complete(found, folder / (part or ""), exact=exact)
 
 
 def complete(found: tuple[Any, dict[str, Any]], path: Path, *, exact: bool = False) -> Any:

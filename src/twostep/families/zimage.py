@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twostep.families.family import SEQUENCE_MULTIPLE, LatentSpace
-from twostep.families.loading import complete
+from twostep.families.loading import load_diffusers
 
 if TYPE_CHECKING:
     import torch
@@ -32,15 +32,8 @@ class ZImage:
     def load(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
         from diffusers import ZImageTransformer2DModel
 
-        found = ZImageTransformer2DModel.from_pretrained(
-            folder,
-            subfolder=part,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        return self.as_velocity(complete(found, folder / part, exact=True)).eval()
+        loaded = load_diffusers(ZImageTransformer2DModel, folder, part, dtype, exact=True)
+        return self.as_velocity(loaded).eval()
 
     def without_weights(self, folder: Path, part: str, dtype: torch.dtype) -> ZImageVelocity:
         import torch

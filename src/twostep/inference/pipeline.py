@@ -25,14 +25,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 from twostep.families import FAMILIES
 from twostep.families.family import Family, LatentSpace, PromptBatch
 from twostep.families.zimage_network import ZImageVelocity
-from twostep.inference.stock_call import StepCallback, StepEnd, VaeMemory, lora_scale, warn_of_fixed
+from twostep.inference.stock_call import StepCallback, StepEnd, lora_scale
 from twostep.method.rollout import VelocityField, first_step, second_step
 from twostep.method.schedule import Schedule
 from twostep.models.folder import ModelFolder
 from twostep.models.locate import Hub
 from twostep.models.lora_files import read_lora
 from twostep.models.prompt_encoder import MAX_TOKENS, PromptEncoder
-from twostep.models.standalone_pipeline import StepLoras
+from twostep.models.standalone_pipeline import StepLoras, StockParts, warn_of_fixed
 from twostep.models.student import CLASS_NAME, STANDALONE
 from twostep.models.student_index import read_sizes, sizes_text
 from twostep.models.velocity import bind
@@ -50,7 +50,7 @@ class TwoStepOutput(BaseOutput):
     previews: Any = None
 
 
-class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
+class TwoStepPipeline(StockParts, StepLoras, ZImagePipeline):
     """Text to image in two steps.
 
     The schedule comes from the folder, never from a scheduler's defaults. `transformer` runs at
@@ -184,14 +184,13 @@ class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
         Raises:
             ValueError: naming the argument, before any network runs.
         """
-        fixed = {
-            "num_inference_steps": None if num_inference_steps == 2 else num_inference_steps,
-            "guidance_scale": guidance_scale or None,
-            "sigmas": sigmas,
-            "negative_prompt": negative_prompt or None,
-            "negative_prompt_embeds": negative_prompt_embeds,
-        }
-        warn_of_fixed(fixed, stacklevel=3)
+        warn_of_fixed(
+            num_inference_steps=None if num_inference_steps == 2 else num_inference_steps,
+            guidance_scale=guidance_scale or None,
+            sigmas=sigmas,
+            negative_prompt=negative_prompt or None,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
         on_step = StepEnd(
             callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
@@ -228,17 +227,12 @@ class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
                 tensors["latents"] = second_step(second, tensors["latents"], schedule)
                 on_step(self, 1, schedule.step2_sigma, tensors)
                 bar.update()
-        images = self._finish(tensors["latents"], output_type)
-        previews = self._finish(between.clean1, output_type) if return_preview else None
+        images = self._decode(tensors["latents"], output_type)
+        previews = self._decode(between.clean1, output_type) if return_preview else None
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, previews) if return_preview else (images,)
         return TwoStepOutput(images=images, previews=previews)
-
-    def encode_prompt(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        """diffusers', which writes into a list of prompts: here into a copy."""
-        copy = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
-        return super().encode_prompt(copy, *args, **kwargs)
 
     def _family(self) -> Family:
         return FAMILIES[type(self.transformer).__name__]
@@ -296,11 +290,3 @@ class TwoStepPipeline(VaeMemory, StepLoras, ZImagePipeline):
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompt must be one or more strings, got {prompt!r}")
         return len(prompts)
-
-    def _finish(self, latents: Tensor, output_type: str | None) -> Any:
-        if output_type == "latent":
-            return latents
-        config = self.vae.config
-        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        image = self.vae.decode(latents, return_dict=False)[0]
-        return self.image_processor.postprocess(image, output_type=output_type)

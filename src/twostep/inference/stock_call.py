@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,21 +13,6 @@ from torch import nn
 
 # (pipeline, step, timestep, tensors) -> those that it changed, or None.
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
-
-
-def warn_of_fixed(values: Mapping[str, Any], *, stacklevel: int) -> None:
-    """Warns of each argument that is not None: a two-step student does not take it.
-
-    Not refused, since clients send their own defaults (SGLang 30 steps, vLLM-Omni 1 at its start).
-
-    Args:
-        stacklevel: of the caller's caller, as `warnings.warn` counts.
-    """
-    for name, value in values.items():
-        if value is not None:
-            shown = repr(value) if isinstance(value, int | float | str) else "what was given"
-            message = f"{name} is fixed in a two-step student: {shown} is ignored"
-            warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 @dataclass(frozen=True)
@@ -68,25 +52,3 @@ def lora_scale(transformer: nn.Module, attention: Mapping[str, Any] | None) -> I
         yield
     finally:
         unscale_lora_layers(transformer, scale)
-
-
-class VaeMemory:
-    """The four methods by which clients ask a pipeline to decode in less memory."""
-
-    vae: Any
-
-    def enable_vae_tiling(self) -> None:
-        """Decodes large pictures in tiles."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decodes whole pictures again."""
-        self.vae.disable_tiling()
-
-    def enable_vae_slicing(self) -> None:
-        """Decodes one picture of a batch after another."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Decodes whole batches again."""
-        self.vae.disable_slicing()

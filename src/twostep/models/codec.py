@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from twostep.errors import ModelError
-from twostep.families.loading import complete
+from twostep.families.loading import load_diffusers
 from twostep.models.foreign import named
 from twostep.models.tiny_decoders import tiny_folder
 from twostep.runtime.images import pictures_at_once
@@ -29,15 +29,7 @@ class Decoder:
     @staticmethod
     def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
         with named(folder / "vae"):
-            found = AutoencoderKL.from_pretrained(
-                folder,
-                subfolder="vae",
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            vae = complete(found, folder / "vae")
+            vae = load_diffusers(AutoencoderKL, folder, "vae", dtype)
         return Decoder(vae.eval())
 
     @staticmethod
@@ -52,14 +44,7 @@ class Decoder:
         """
         folder = tiny_folder(name)
         with named(folder):
-            loaded = AutoencoderTiny.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            tiny = Decoder(complete(loaded, folder))
+            tiny = Decoder(load_diffusers(AutoencoderTiny, folder, None, dtype))
         shapes = [(d.vae.config.latent_channels, d.scale) for d in (tiny, like)]
         if shapes[0] != shapes[1]:
             raise ModelError(

@@ -89,7 +89,47 @@ class StepLoras:
         pipeline.unfuse_lora(components or list(self._lora_loadable_modules), **options)
 
 
-class TwoStepPipeline(StepLoras, ZImagePipeline):
+class StockParts:
+    """What clients ask of every diffusers pipeline, where Z-Image's lacks it or does it wrongly.
+
+    Stands before `ZImagePipeline` among the bases.
+    """
+
+    vae: Any
+    image_processor: Any
+
+    def encode_prompt(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        """diffusers', which writes into a list of prompts: here into a copy."""
+        copy = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
+        pipeline: Any = super()
+        return pipeline.encode_prompt(copy, *args, **kwargs)
+
+    def enable_vae_tiling(self) -> None:
+        """Decodes large pictures in tiles."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decodes whole pictures again."""
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Decodes one picture of a batch after another."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decodes whole batches again."""
+        self.vae.disable_slicing()
+
+    def _decode(self, latents: torch.Tensor, output_type: str | None) -> Any:
+        if output_type == "latent":
+            return latents
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        image = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(image, output_type=output_type)
+
+
+class TwoStepPipeline(StockParts, StepLoras, ZImagePipeline):
     """Text to image in two steps: `transformer` at sigma 1, `transformer_2` at `step2_sigma`."""
 
     transformer: Any
@@ -142,7 +182,7 @@ class TwoStepPipeline(StepLoras, ZImagePipeline):
         Steps, sigmas, guidance and negative prompts are fixed: others are warned about and ignored.
         With `return_preview` the output has `previews`, too: the image that step 1 points to.
         """
-        _warn_of_fixed(
+        warn_of_fixed(
             num_inference_steps=None if num_inference_steps == 2 else num_inference_steps,
             guidance_scale=guidance_scale or None,
             sigmas=sigmas,
@@ -207,27 +247,6 @@ class TwoStepPipeline(StepLoras, ZImagePipeline):
             output["previews"] = shown
         return output
 
-    def encode_prompt(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        """diffusers', which writes into a list of prompts: here into a copy."""
-        copy = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
-        return super().encode_prompt(copy, *args, **kwargs)
-
-    def enable_vae_tiling(self) -> None:
-        """Decodes large pictures in tiles."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decodes whole pictures again."""
-        self.vae.disable_tiling()
-
-    def enable_vae_slicing(self) -> None:
-        """Decodes one picture of a batch after another."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Decodes whole batches again."""
-        self.vae.disable_slicing()
-
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """diffusers', with this file, without which the folder could not be opened."""
         folder = Path(save_directory)
@@ -263,17 +282,12 @@ class TwoStepPipeline(StepLoras, ZImagePipeline):
         """Of a caption: the image's tokens stand after its end, padded to 32."""
         return (int(self.transformer.config.axes_lens[0]) - 2) // 32 * 32
 
-    def _decode(self, latents: torch.Tensor, output_type: str | None) -> Any:
-        if output_type == "latent":
-            return latents
-        config = self.vae.config
-        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        image = self.vae.decode(latents, return_dict=False)[0]
-        return self.image_processor.postprocess(image, output_type=output_type)
 
+def warn_of_fixed(**values: Any) -> None:
+    """Warns the caller of `__call__` of each argument that is not None: a student takes none.
 
-def _warn_of_fixed(**values: Any) -> None:
-    """Of arguments that are not None, which a two-step student does not take."""
+    Not refused, since clients send their own defaults (SGLang 30 steps, vLLM-Omni 1 at its start).
+    """
     for name, value in values.items():
         if value is not None:
             shown = repr(value) if isinstance(value, int | float | str) else "what was given"

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from twostep.errors import ModelError
-from twostep.families.loading import complete
+from twostep.families.loading import load_diffusers
 from twostep.models.foreign import named
 from twostep.runtime.distributed import gathered
 
@@ -46,15 +46,8 @@ def stored_transformer(
     """A transformer; `part` None for a folder of its own, `dtype` None as it is stored."""
     kind: Any = getattr(diffusers, class_name)
     with named(folder / (part or "")):
-        found = kind.from_pretrained(
-            folder,
-            subfolder=part,
-            torch_dtype=dtype or stored_dtype(folder / (part or "")),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        return complete(found, folder / (part or ""), exact=True)
+        stored = dtype or stored_dtype(folder / (part or ""))
+        return load_diffusers(kind, folder, part, stored, exact=True)
 
 
 def transformer_with(like: nn.Module, weights: Mapping[str, Tensor]) -> Any:

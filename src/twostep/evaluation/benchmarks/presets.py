@@ -127,24 +127,37 @@ def read_items(preset: Preset, files: Mapping[str, bytes]) -> list[Item]:
     return items
 
 
-_LONGTEXT = {
-    "title": "LongText-Bench",
-    "licence": "Apache-2.0",
-    "home": "https://github.com/X-Omni-Team/X-Omni",
-    "read": _longtext,
-    "layout": numbered,
-    "seeds": 4,
-    "shape": "NNNN_1.png to NNNN_4.png",
-    "figure": r"Text Score:\s*([\d.]+)",
-}
-_ONEIG_BENCH = {
-    "licence": "CC-BY-NC-4.0 (not for commercial use)",
-    "home": "https://github.com/OneIG-Bench/OneIG-Benchmark",
-    "read": _oneig,
-    "layout": grid("webp"),
-    "seeds": 4,
-    "shape": "CATEGORY/MODEL/NNN.webp, four pictures in a square",
-}
+def _longtext_preset(name: str, source: Source, *, published: Mapping[str, str]) -> Preset:
+    return Preset(
+        name=name,
+        title="LongText-Bench",
+        licence="Apache-2.0",
+        home="https://github.com/X-Omni-Team/X-Omni",
+        source=source,
+        read=_longtext,
+        layout=numbered,
+        seeds=4,
+        shape="NNNN_1.png to NNNN_4.png",
+        figure=r"Text Score:\s*([\d.]+)",
+        published=published,
+    )
+
+
+def _oneig_preset(name: str, title: str, source: Source, *, published: Mapping[str, str]) -> Preset:
+    return Preset(
+        name=name,
+        title=title,
+        licence="CC-BY-NC-4.0 (not for commercial use)",
+        home="https://github.com/OneIG-Bench/OneIG-Benchmark",
+        source=source,
+        read=_oneig,
+        layout=grid("webp"),
+        seeds=4,
+        shape="CATEGORY/MODEL/NNN.webp, four pictures in a square",
+        published=published,
+    )
+
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -181,10 +194,10 @@ PRESETS: dict[str, Preset] = {
             figure=r"DPG-Bench score:\s*([\d.]+)",
             published={_TURBO: "84.86", _BASE: "88.14"},
         ),
-        Preset(
-            name="oneig",
-            title="OneIG-Bench",
-            source=Source(
+        _oneig_preset(
+            "oneig",
+            "OneIG-Bench",
+            Source(
                 f"{_ONEIG}/OneIG-Bench.csv",
                 "e06c65b32252d82406fb1a27f13022b38d432c899a2486eb49ab0c100f83b3e1",
             ),
@@ -194,12 +207,11 @@ PRESETS: dict[str, Preset] = {
                 _BASE: "0.546 overall; alignment 0.881, text 0.987, reasoning 0.280, style 0.387, "
                 "diversity 0.194",
             },
-            **_ONEIG_BENCH,  # type: ignore[arg-type]
         ),
-        Preset(
-            name="oneig-zh",
-            title="OneIG-Bench-ZH",
-            source=Source(
+        _oneig_preset(
+            "oneig-zh",
+            "OneIG-Bench-ZH",
+            Source(
                 f"{_ONEIG}/OneIG-Bench-ZH.csv",
                 "8fc4ae1403db32dbb1203cc457361c3215500b34e741194a53f5002c9d824700",
             ),
@@ -207,25 +219,22 @@ PRESETS: dict[str, Preset] = {
                 _TURBO: "0.507 overall; diversity 0.134",
                 _BASE: "0.535 overall; diversity 0.243",
             },
-            **_ONEIG_BENCH,  # type: ignore[arg-type]
         ),
-        Preset(
-            name="longtext",
-            source=Source(
+        _longtext_preset(
+            "longtext",
+            Source(
                 f"{_XOMNI}/text_prompts.jsonl",
                 "a2130769e72bd8560470a066114cdac87f80f1eb071ba6bc0f7033225a9be0d8",
             ),
             published={_TURBO: "0.917", _BASE: "0.935"},
-            **_LONGTEXT,  # type: ignore[arg-type]
         ),
-        Preset(
-            name="longtext-zh",
-            source=Source(
+        _longtext_preset(
+            "longtext-zh",
+            Source(
                 f"{_XOMNI}/text_prompts_zh.jsonl",
                 "6512cd121ac093e8113e114d76eb2c0ce967c220b18e2049e1063554ce496758",
             ),
             published={_TURBO: "0.926", _BASE: "0.936"},
-            **_LONGTEXT,  # type: ignore[arg-type]
         ),
         Preset(
             name="cvtg",
